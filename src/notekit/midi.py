@@ -1,0 +1,126 @@
+"""MIDI files to scores and note arrays, and back. MIDI is bytes from strangers: readers check before they trust."""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from symusic import Note, Score, Tempo, TimeSignature, Track
+
+from .notes import NOTE_DTYPE, check_notes
+
+# Longer than any music; what lies beyond is a broken delta time that would become millions of empty bars.
+MAX_QUARTERS = 100_000
+
+
+class InvalidMidiError(ValueError):
+    """A file that cannot be read as music. `str()` names the file and the reason."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+
+
+def read_score(source: str | os.PathLike | bytes) -> Score:
+    """The `symusic.Score` (in ticks) of a MIDI file given as a path or as bytes.
+
+    Tempo changes to 0 microseconds per quarter note are left out, with a warning: no clock can follow them.
+
+    Raises:
+        InvalidMidiError: the file is missing, not MIDI, truncated, timed in SMPTE frames, absurdly long or empty.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, data = "<bytes>", bytes(source)
+    else:
+        name = os.fspath(source)
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise InvalidMidiError(name, f"cannot be opened ({error.strerror}).") from error
+    if not data:
+        raise InvalidMidiError(name, "the file is empty.")
+    if not data.startswith(b"MThd"):
+        raise InvalidMidiError(name, "not a MIDI file (it does not begin with 'MThd').")
+    if len(data) >= 14 and data[12] & 0x80:
+        raise InvalidMidiError(name, "times are SMPTE frames, not beats; export it with a ticks-per-quarter division.")
+    try:
+        score = Score.from_midi(data)
+    except (RuntimeError, ValueError, UnicodeDecodeError) as error:
+        reason = str(error).removeprefix("MiniMidi: ").removesuffix(": iostream error")
+        raise InvalidMidiError(name, f"damaged or truncated MIDI ({reason}).") from error
+    if score.ticks_per_quarter <= 0:
+        raise InvalidMidiError(name, "its header gives 0 ticks per quarter note.")
+    if score.note_num() == 0:
+        raise InvalidMidiError(name, "it holds no notes.")
+    if score.end() > MAX_QUARTERS * score.ticks_per_quarter:
+        raise InvalidMidiError(name, f"it is longer than {MAX_QUARTERS:,} quarter notes: a time in it is broken.")
+    stuck = [tempo for tempo in score.tempos if tempo.mspq <= 0]
+    if stuck:
+        warnings.warn(f"{name}: a tempo of 0 at tick {stuck[0].time} is ignored.", stacklevel=2)
+        score.tempos = type(score.tempos)([tempo for tempo in score.tempos if tempo.mspq > 0])
+    return score
+
+
+def notes_from_score(score: Score) -> np.ndarray:
+    """The note array of a score, tempo changes applied."""
+    seconds = score.to("second")
+    parts = []
+    for index, track in enumerate(seconds.tracks):
+        soa = track.notes.numpy()
+        part = np.zeros(len(soa["time"]), dtype=NOTE_DTYPE)
+        part["onset_s"], part["duration_s"] = soa["time"], soa["duration"]
+        part["pitch"], part["velocity"] = soa["pitch"], np.maximum(soa["velocity"], 1)
+        part["program"], part["track"] = (-1 if track.is_drum else track.program), index
+        parts.append(part)
+    return check_notes(np.concatenate(parts) if parts else np.zeros(0, dtype=NOTE_DTYPE))
+
+
+def read_notes(source: str | os.PathLike | bytes) -> np.ndarray:
+    """The note array of a MIDI file; raises as `read_score`."""
+    return notes_from_score(read_score(source))
+
+
+def score_from_notes(notes: np.ndarray, qpm: float = 120.0, ticks_per_quarter: int = 480) -> Score:
+    """A score of one track per `(track, program)`, on a constant tempo of `qpm` quarter notes a minute, in 4/4."""
+    notes = check_notes(notes)
+    score = Score(ticks_per_quarter)
+    score.tempos.append(Tempo(0, qpm))
+    score.time_signatures.append(TimeSignature(0, 4, 4))
+    per_second = ticks_per_quarter * qpm / 60
+    for index, program in np.unique(notes[["track", "program"]]).tolist():
+        chosen = notes[(notes["track"] == index) & (notes["program"] == program)]
+        onset = np.round(chosen["onset_s"] * per_second).astype(np.int32)
+        end = np.round((chosen["onset_s"] + chosen["duration_s"]) * per_second).astype(np.int32)
+        track = Track(program=max(program, 0), is_drum=program < 0)
+        track.notes = Note.from_numpy(
+            time=onset,
+            duration=np.maximum(end - onset, 1),
+            pitch=chosen["pitch"].astype(np.int8),
+            velocity=chosen["velocity"].astype(np.int8),
+        )
+        score.tracks.append(track)
+    return score
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> Path:
+    """Write a file whole or not at all; the folder is made where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_midi(path: str | os.PathLike, music: "Score | np.ndarray") -> Path:
+    """Write a score or a note array as a MIDI file, whole or not at all. Returns the path."""
+    score = score_from_notes(music) if isinstance(music, np.ndarray) else music
+    return write_atomic(path, score.dumps_midi())

@@ -1,0 +1,147 @@
+"""Hear and see a piece without any system synthesizer: a WAV through a SoundFont, a piano-roll picture."""
+
+import importlib.util
+import io
+import os
+import wave
+from pathlib import Path
+
+import numpy as np
+from symusic import Score
+
+from .midi import notes_from_score, write_atomic
+from .notes import end_s, instrument_name
+
+SOUNDFONT = "TimGM6mb.sf2"
+
+
+class MissingExtraError(RuntimeError):
+    """An optional dependency is absent; the message says what to install."""
+
+
+def find_soundfont() -> Path:
+    """The General MIDI SoundFont to play with: `$SAGE_MUSIC_SOUNDFONT`, or the one inside the `pretty_midi` package.
+
+    Raises:
+        MissingExtraError: neither is there.
+    """
+    chosen = os.environ.get("SAGE_MUSIC_SOUNDFONT")
+    if chosen:
+        if not Path(chosen).is_file():
+            raise MissingExtraError(f"SAGE_MUSIC_SOUNDFONT names {chosen}, which is not a file.")
+        return Path(chosen)
+    spec = importlib.util.find_spec("pretty_midi")  # found, not imported: only its data file is wanted
+    path = Path(spec.origin).parent / SOUNDFONT if spec is not None else None
+    if path is None or not path.is_file():
+        raise MissingExtraError(
+            "audio needs a SoundFont: pip install 'sage-music[audio]', or set SAGE_MUSIC_SOUNDFONT to an .sf2 or .sf3."
+        )
+    return path
+
+
+def render_wav(path: str | os.PathLike, score: Score, sample_rate: int = 44100) -> Path:
+    """Write `score` as 16-bit stereo WAV, its loudest sample at -1 dB. Returns the path.
+
+    Raises:
+        MissingExtraError: no SoundFont.
+    """
+    from symusic import Synthesizer
+
+    samples = Synthesizer(sf_path=str(find_soundfont()), sample_rate=sample_rate).render(score, stereo=True)
+    samples = np.asarray(samples, dtype=np.float32)  # (2, samples)
+    peak = float(np.abs(samples).max(initial=0.0))
+    samples = samples * (10 ** (-1 / 20) / peak if peak > 0 else 1.0)
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes((samples.T * 32767).astype("<i2").tobytes())
+    return write_atomic(path, buffer.getvalue())
+
+
+def bar_times(score: Score) -> np.ndarray:
+    """Times in seconds of all bar lines up to the end of the music, by the score's meters and tempos."""
+    tpq, end = score.ticks_per_quarter, score.end()
+    meters = sorted((m.time, m.numerator, m.denominator) for m in score.time_signatures)
+    if not meters or meters[0][0] > 0:
+        meters.insert(0, (0, 4, 4))
+    ticks = []
+    for index, (start, numerator, denominator) in enumerate(meters):
+        until = meters[index + 1][0] if index + 1 < len(meters) else end + 1
+        step = max(tpq * 4 * numerator // denominator, 1)
+        ticks.extend(range(start, until, step))
+    return tick_to_seconds(score, np.array(ticks))
+
+
+def tick_to_seconds(score: Score, ticks: np.ndarray) -> np.ndarray:
+    """Seconds of tick positions under the score's tempo changes (120 quarter notes a minute before the first)."""
+    tempos = sorted((tempo.time, tempo.mspq) for tempo in score.tempos)
+    if not tempos or tempos[0][0] > 0:
+        tempos.insert(0, (0, 500_000))
+    starts = np.array([time for time, _ in tempos])
+    rates = np.array([mspq for _, mspq in tempos]) / 1e6 / score.ticks_per_quarter  # seconds per tick
+    at_start = np.concatenate([[0.0], np.cumsum(np.diff(starts) * rates[:-1])])
+    section = np.searchsorted(starts, ticks, side="right") - 1
+    return at_start[section] + (ticks - starts[section]) * rates[section]
+
+
+def render_piano_roll(
+    path: str | os.PathLike, score: Score, prompt_end_s: float | None = None, title: str | None = None
+) -> Path:
+    """Write a piano-roll PNG: one colour per instrument, bar lines, the prompt shaded. Returns the path.
+
+    Args:
+        prompt_end_s: seconds at which the prompt ends and the continuation begins.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.collections import PatchCollection
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch, Rectangle
+    except ImportError as error:
+        raise MissingExtraError("pictures need matplotlib: pip install 'sage-music[plot]'.") from error
+
+    notes, bars = notes_from_score(score), bar_times(score)
+    total = end_s(notes)
+    figure = Figure(figsize=(min(max(total * 0.28, 9), 26), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    # Okabe and Ito's palette, told apart by colour-blind readers too; drums are grey.
+    palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#6A3D9A", "#B2DF8A"]
+    programs = sorted(set(notes["program"].tolist()), key=lambda p: (p < 0, p))
+    handles = []
+    for index, program in enumerate(programs):
+        colour = "#777777" if program < 0 else palette[index % len(palette)]
+        chosen = notes[notes["program"] == program]
+        boxes = [
+            Rectangle((note["onset_s"], note["pitch"] - 0.5), max(note["duration_s"] - 0.01, 0.03), 1)
+            for note in chosen
+        ]
+        alpha = 0.35 + 0.6 * chosen["velocity"] / 127
+        axes.add_collection(PatchCollection(boxes, facecolor=colour, alpha=alpha, linewidth=0))
+        handles.append(Patch(facecolor=colour, label=instrument_name(program)))
+    for number, time in enumerate(bars):
+        axes.axvline(time, color="black", linewidth=0.9 if number % 4 == 0 else 0.3, alpha=0.35, zorder=0)
+    if prompt_end_s is not None:
+        axes.axvspan(0, prompt_end_s, color="#f2ead0", zorder=-1)
+        axes.axvline(prompt_end_s, color="#a05a00", linewidth=1.6)
+        for x, align, text in ((prompt_end_s, "right", "prompt  "), (prompt_end_s, "left", "  continuation")):
+            axes.text(x, 1.0, text, ha=align, va="bottom", color="#a05a00", transform=axes.get_xaxis_transform())
+    shown = bars[::4]
+    axes.set_xticks(shown, [str(4 * i + 1) for i in range(len(shown))])
+    low, high = (int(notes["pitch"].min()), int(notes["pitch"].max())) if len(notes) else (48, 72)
+    axes.set_xlim(0, max(total, 1.0))
+    axes.set_ylim(low - 2, high + 2)
+    octaves = [pitch for pitch in range(0, 128, 12) if low - 2 <= pitch <= high + 2]
+    axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
+    axes.set(xlabel="bar", ylabel="pitch")
+    if title:
+        axes.set_title(title, loc="left")
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6) or 1, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return write_atomic(path, buffer.getvalue())

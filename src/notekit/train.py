@@ -1,0 +1,178 @@
+"""Train SAGE-Music from scratch, or go on from a checkpoint, with the stock `Trainer`.
+
+    python -m notekit.train --data my_midi --out runs/mine --steps 2000
+
+`--data` is a folder of MIDI files: `train` and `validation` below it are used where they exist, otherwise every tenth
+file (by a hash of its name) is held out. Quality is reported in nats per note, which compares tokenizations fairly: a
+note costs what all tokens that spell it, its bar lines and programs cost together, divided by the number of notes.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
+from sage_music.data import BlockDataset, WindowDataset, encode_files, midi_files
+
+
+def split_files(folders: list[str], metadata: str | None, licences: list[str] | None) -> dict[str, list[Path]]:
+    """Training and validation files of all folders; `metadata` (columns `path`, `licence`) keeps some licences only."""
+    allowed = None
+    if metadata is not None:
+        with open(metadata, newline="", encoding="utf-8") as file:
+            root = Path(metadata).parent
+            allowed = {(root / row["path"]).resolve() for row in csv.DictReader(file) if row["licence"] in licences}
+    splits: dict[str, list[Path]] = {"train": [], "validation": []}
+    for folder in folders:
+        for path in midi_files(folder):
+            if allowed is not None and path.resolve() not in allowed:
+                continue
+            parts = path.relative_to(folder).parts
+            if parts[0] in ("train", "validation", "test"):
+                name = parts[0]
+            else:
+                name = "validation" if hashlib.sha1(path.name.encode()).digest()[0] % 10 == 0 else "train"
+            if name != "test":
+                splits[name].append(path)
+    return splits
+
+
+def sum_of_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B,) summed negative log-likelihood of each row, so that evaluation keeps one number a row, not the logits."""
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return losses.sum(-1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m notekit.train", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="folders of MIDI files")
+    add("--metadata", help="CSV with the columns path and licence, to keep some licences only")
+    add(
+        "--licences",
+        nargs="+",
+        default=["MIT", "CC0-1.0", "CC BY 4.0", "BSD-3-Clause", "Public Domain"],
+        help="licences to keep, with --metadata (default: %(default)s)",
+    )
+    add("--out", required=True, help="run folder: checkpoints, log, and the best model in best/")
+    add("--init-from", help="checkpoint to start from (default: new weights)")
+    add("--tokenizer", help="folder of a saved SageMusicTokenizer (default: a new one from the options below)")
+    add("--beat-resolution", type=int, default=12)
+    add("--num-velocities", type=int, default=32)
+    add("--program-changes", action="store_true", help="Program tokens on change instead of on every note")
+    add("--kv-routing", choices=("head", "token", "none"), default="head")
+    add("--num-key-value-heads", type=int, default=1)
+    add("--hidden-size", type=int, default=320)
+    add("--intermediate-size", type=int, default=864)
+    add("--layers", type=int, default=5)
+    add("--heads", type=int, default=10)
+    add("--context", type=int, default=2048, help="the model's context length, in tokens")
+    add("--block-size", type=int, default=1024, help="tokens in a training block")
+    add("--batch-size", type=int, default=8, help="blocks in a step")
+    add("--transpose", type=int, default=6, help="largest random transposition, in semitones")
+    add("--steps", type=int, default=2000)
+    add("--learning-rate", type=float, default=2e-3)
+    add("--warmup", type=int, default=100, help="steps of linear warm-up")
+    add("--decay", type=float, default=0.25, help="share of the steps over which the rate falls to zero")
+    add("--eval-every", type=int, default=250, help="steps between evaluations and checkpoints")
+    add("--eval-pieces", type=int, default=60, help="validation pieces used, whole")
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; an interrupted run goes on from its last checkpoint when called again. Returns an exit code."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_seed(args.seed)
+    if args.init_from or args.tokenizer:
+        tokenizer = SageMusicTokenizer.from_pretrained(args.tokenizer or args.init_from)
+    else:
+        tokenizer = SageMusicTokenizer(
+            beat_resolution=args.beat_resolution,
+            num_velocities=args.num_velocities,
+            program_changes=args.program_changes,
+        )
+    if args.init_from:
+        model = SageMusicForCausalLM.from_pretrained(args.init_from)
+    else:
+        config = SageMusicConfig(
+            **tokenizer.config_fields(),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.num_key_value_heads,
+            kv_routing=args.kv_routing,
+            max_position_embeddings=args.context,
+        )
+        model = SageMusicForCausalLM(config)
+
+    splits = split_files(args.data, args.metadata, args.licences)
+    pieces = {name: encode_files(files, tokenizer) for name, files in splits.items()}
+    print({name: (len(p), sum(map(len, p))) for name, p in pieces.items()}, "files, tokens", file=sys.stderr)
+    train = BlockDataset(pieces["train"], tokenizer, args.block_size, args.transpose)
+    # Whole pieces in an order that mixes the sources, and the same ones for every run and tokenization.
+    order = np.random.default_rng(0).permutation(len(pieces["validation"]))
+    validation = WindowDataset([pieces["validation"][i] for i in order[: args.eval_pieces]], tokenizer, args.block_size)
+
+    def metrics(prediction) -> dict[str, float]:
+        total = float(prediction.predictions.sum())
+        return {"nats_per_note": total / validation.num_notes, "nats_per_token": total / validation.num_tokens}
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=args.out,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": int(args.decay * args.steps)},
+            warmup_steps=args.warmup,
+            eval_strategy="steps",
+            eval_steps=args.eval_every,
+            save_strategy="steps",
+            save_steps=args.eval_every,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="nats_per_note",
+            greater_is_better=False,
+            logging_steps=50,
+            bf16=args.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=args.seed,
+            report_to=[],
+            disable_tqdm=not sys.stderr.isatty(),
+        ),
+        train_dataset=train,
+        eval_dataset=validation,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=sum_of_nats,
+    )
+    resume = any(Path(args.out).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume)
+    best = Path(args.out) / "best"
+    trainer.save_model(best)
+    tokenizer.save_pretrained(best)
+    report = {**trainer.evaluate(), "parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    (Path(args.out) / "report.json").write_text(json.dumps({**vars(args), **report}, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

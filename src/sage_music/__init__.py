@@ -1,0 +1,26 @@
+"""SAGE-Music: low-latency multi-track MIDI language models for Transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .cache_sage_music import SageMusicCache
+from .configuration_sage_music import SageMusicConfig
+from .generation_sage_music import BarCountCriteria, MidiGrammarLogitsProcessor, MinBarsLogitsProcessor
+from .modeling_sage_music import SageMusicForCausalLM, SageMusicModel, SageMusicPreTrainedModel
+from .tokenization_sage_music import SageMusicTokenizer
+
+AutoConfig.register("sage_music", SageMusicConfig, exist_ok=True)
+AutoModel.register(SageMusicConfig, SageMusicModel, exist_ok=True)
+AutoModelForCausalLM.register(SageMusicConfig, SageMusicForCausalLM, exist_ok=True)
+AutoTokenizer.register(SageMusicConfig, SageMusicTokenizer, exist_ok=True)
+
+__all__ = [
+    "BarCountCriteria",
+    "MidiGrammarLogitsProcessor",
+    "MinBarsLogitsProcessor",
+    "SageMusicCache",
+    "SageMusicConfig",
+    "SageMusicForCausalLM",
+    "SageMusicModel",
+    "SageMusicPreTrainedModel",
+    "SageMusicTokenizer",
+]

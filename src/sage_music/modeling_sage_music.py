@@ -1,0 +1,645 @@
+"""SAGE-Music: a pre-norm decoder whose key-value heads each belong to one musical attribute.
+
+Attribute-specialized key-value head sharing (SAGE-Music, arXiv 2510.00395): a token of attribute `a` has one small set
+of keys and values, projected by `a`'s own weights, and all query heads share them. The cache holds `h` heads for a token
+instead of `H`.
+
+Shapes: B batch, T query tokens, H query heads, A attributes, h key-value heads per attribute, d channels per head,
+S stored rows of the longest attribute.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_sage_music import AttributeRoute, SageMusicCache
+from .configuration_sage_music import SageMusicConfig
+from .generation_sage_music import MidiGrammarLogitsProcessor
+
+# Queries scored at a time in a prefill or training pass: a block reads only the rows stored up to its last token.
+QUERY_BLOCK = 512
+# Added to the scores of hidden rows; finite, so that a query with no visible row merges to nothing instead of NaN.
+HIDDEN = -1e9
+
+
+class SageMusicRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+class SageMusicRotaryEmbedding(nn.Module):
+    """Cosine and sine tables `(B, T, d)` of rotary positions."""
+
+    def __init__(self, config: SageMusicConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable:
+        return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: SageMusicConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `(B, heads, T, d)` by tables `(B, T, d)`; channel pairs are `(i, i + d/2)`, as in Llama."""
+    half = states.shape[-1] // 2
+    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
+    cos, sin = (table[:, None].to(states.dtype) for table in (cos, sin))  # autocast: stay in its dtype
+    return states * cos + turned * sin
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Reference attention. query (B, H, T, d), key and value (B, h, S, d), additive mask; returns (B, T, H, d)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+@dataclass
+class AttributePlan:
+    """What one forward pass computes once and every layer reads.
+
+    Attributes:
+        attribute_ids: (B, T) attribute of each token.
+        order, sizes: tokens of the flattened batch sorted by attribute, and how many each attribute has, so that each
+            token is projected once; `None` for single tokens and under `torch.compile`.
+        route: rows of new tokens in a compacted cache that already holds some; `None` without one.
+        gather: (B, A, S) prefill: positions of each attribute's tokens; rows past their number point anywhere.
+        blocks: prefill: per block of queries its slice, the number of rows it may see, their visibility
+            (B, A, T_block, rows), and whether a token must read itself separately, (B, A, T_block), because the
+            attribute's rows do not hold it. `None` where `mask` is used instead.
+        mask: the mask of the attention interface.
+    """
+
+    attribute_ids: torch.Tensor | None
+    order: torch.Tensor | None = None
+    sizes: list[int] | None = None
+    route: AttributeRoute | None = None
+    gather: torch.Tensor | None = None
+    blocks: list[tuple[slice, int, torch.Tensor, torch.Tensor]] | None = None
+    mask: torch.Tensor | None = None
+    _biases: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict)
+
+    def biases(self, dtype: torch.dtype, kv_heads: int) -> list[torch.Tensor]:
+        """Per block the additive mask (B, A * h, T_block, rows); made once, for the dtype the first layer computes in."""
+        if dtype not in self._biases:
+            self._biases[dtype] = [
+                torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, HIDDEN).repeat_interleave(kv_heads, dim=1)
+                for _, _, visible, _ in self.blocks
+            ]
+        return self._biases[dtype]
+
+
+class SageMusicAttention(nn.Module):
+    def __init__(self, config: SageMusicConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        # (A, 2 * h * d, hidden_size): attribute a's keys, then its values.
+        kv_width = 2 * self.num_key_value_heads * self.head_dim
+        self.kv_weight = nn.Parameter(torch.empty(config.num_attributes, kv_width, config.hidden_size))
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.fold = _HeadFold(config) if config.kv_routing == "head" else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: AttributePlan,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+        key, value = self._project_kv(hidden_states, plan)  # (B, h, T, d)
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+
+        if plan.route is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, plan.route)
+            output, weights = self._attend_rows(query, key, value, plan.route.visible), None
+        elif self.fold is not None:
+            if plan.gather is not None:
+                rows, kept = self._compact(key, plan.gather), self._compact(value, plan.gather)
+            if past_key_values is not None:
+                past_key_values.layers[self.layer_idx].fill(rows, kept)
+            if plan.blocks is not None:
+                output, weights = self._attend_compact(query, rows, kept, key, value, plan), None
+            else:
+                key, value = key[:, self.fold.kv_heads], value[:, self.fold.kv_heads]
+                output, weights = self._attend(query, key, value, plan.mask, **kwargs)
+        else:
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            output, weights = self._attend(query, key, value, plan.mask, **kwargs)
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _project_kv(self, hidden_states: torch.Tensor, plan: AttributePlan) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length, width = hidden_states.shape
+        if self.kv_weight.shape[0] == 1:
+            states = F.linear(hidden_states, self.kv_weight[0])
+        elif plan.order is not None:
+            parts = hidden_states.reshape(-1, width)[plan.order].split(plan.sizes)
+            states = torch.cat([F.linear(part, weight) for part, weight in zip(parts, self.kv_weight, strict=True)])
+            inverse = torch.empty_like(plan.order)
+            inverse[plan.order] = torch.arange(len(plan.order), device=plan.order.device)
+            states = states[inverse].view(batch, length, -1)
+        elif length == 1:
+            # (B, 2hd, hidden) @ (B, hidden, 1): reads the weights of the one attribute a row needs.
+            states = torch.bmm(self.kv_weight[plan.attribute_ids[:, 0]], hidden_states.transpose(1, 2)).transpose(1, 2)
+        else:
+            every = F.linear(hidden_states, self.kv_weight.flatten(0, 1)).view(batch, length, len(self.kv_weight), -1)
+            states = every.gather(2, plan.attribute_ids[..., None, None].expand(-1, -1, 1, every.shape[-1]))[:, :, 0]
+        states = states.view(batch, length, 2, self.num_key_value_heads, self.head_dim)
+        return states[:, :, 0].transpose(1, 2), states[:, :, 1].transpose(1, 2)
+
+    def _attend(self, query, key, value, mask, **kwargs):
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        return attention(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    @staticmethod
+    def _compact(states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
+        """(B, h, T, d) in token order to (B, A * h, S, d), each attribute's rows together."""
+        batch, heads, _, width = states.shape
+        index = gather[:, :, None, :, None].expand(-1, -1, heads, -1, width)
+        return states[:, None].expand(-1, gather.shape[1], -1, -1, -1).gather(3, index).flatten(1, 2)
+
+    def _attend_rows(self, query, key, value, visible):
+        """Attention of new tokens over the compacted cache: key and value (B, A * h, S, d), visible (B, A, T, S)."""
+        batch, _, length, width = query.shape
+        folded = self.fold.fold(query)  # (B, A * h, G, T, d): a group's heads share its keys
+        groups = folded.shape[2]
+        mask = visible.repeat_interleave(self.num_key_value_heads, dim=1) if self.num_key_value_heads > 1 else visible
+        if length > 1:
+            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(*mask.shape[:2], groups * length, -1)
+        output = F.scaled_dot_product_attention(
+            folded.reshape(batch, -1, groups * length, width), key, value, attn_mask=mask, scale=self.scaling
+        )
+        return self.fold.unfold(output.view(folded.shape)).transpose(1, 2)
+
+    def _attend_compact(self, query, key, value, own_key, own_value, plan):
+        """Prefill and training over compacted rows: about `1 / A` of the scores of full attention.
+
+        key, value (B, A * h, S, d) hold each attribute's rows; own_key, own_value (B, h, T, d) are what a token of
+        another attribute reads of itself.
+        """
+        dropout = self.attention_dropout if self.training else 0.0
+        fused = query.device.type == "cpu" and not dropout
+        folded = self.fold.fold(query)  # (B, A * h, G, T, d)
+        own_key, own_value = (states.repeat(1, self.config.num_attributes, 1, 1) for states in (own_key, own_value))
+        biases = plan.biases(query.dtype, self.num_key_value_heads)
+        outputs = []
+        for (part, rows, _, own), bias in zip(plan.blocks, biases, strict=True):
+            own = own.repeat_interleave(self.num_key_value_heads, dim=1)
+            states = (key[:, :, :rows], value[:, :, :rows], own_key[:, :, part], own_value[:, :, part])
+            heads = [
+                CompactAttention.apply(folded[:, :, group, part], *states, own, bias, self.scaling)
+                if fused
+                else compact_attention(folded[:, :, group, part], *states, own, bias, self.scaling, dropout)
+                for group in range(folded.shape[2])
+            ]
+            outputs.append(torch.stack(heads, dim=2))
+        return self.fold.unfold(torch.cat(outputs, dim=3)).transpose(1, 2)
+
+
+def compact_attention(query, key, value, own_key, own_value, own, bias, scaling, dropout=0.0):
+    """Softmax attention over shared rows and, where `own`, the token itself, in plain operations.
+
+    query, own_key, own_value (B, R, T, d); key, value (B, R, S, d); own (B, R, T) bool; bias (B, R, T, S).
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + bias
+    own_scores = ((query * own_key).sum(-1, keepdim=True) * scaling).masked_fill(~own[..., None], HIDDEN)
+    weights = F.softmax(torch.cat([scores, own_scores], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout)
+    return torch.matmul(weights[..., :-1], value) + weights[..., -1:] * own_value
+
+
+class CompactAttention(torch.autograd.Function):
+    """`compact_attention` on the CPU's fused kernel, in memory linear in T.
+
+    The kernel attends the shared rows and returns the log-sum-exp of their scores; the token itself joins by
+    `lse' = logaddexp(lse, own_score)`. The kernel's backward pass recomputes the weights as `exp(score - lse')` from
+    whatever log-sum-exp and output it is given: with the merged ones its gradients are exact.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, own_key, own_value, own, bias, scaling):
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scaling
+        )
+        own_scores = ((query * own_key).sum(-1).float() * scaling).masked_fill_(~own, HIDDEN)
+        total = torch.logaddexp(lse, own_scores)
+        own_weights = (own_scores - total).exp_().to(query.dtype)
+        output = output * (lse - total).exp_().to(query.dtype)[..., None] + own_weights[..., None] * own_value
+        ctx.save_for_backward(query, key, value, own_key, own_value, bias, output, total, own_weights)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, own_key, own_value, bias, output, total, own_weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, output, total, 0.0, False, attn_mask=bias, scale=ctx.scaling
+        )
+        d_scores = own_weights * (grad * (own_value - output)).sum(-1) * ctx.scaling
+        d_query += d_scores[..., None] * own_key
+        return d_query, d_key, d_value, d_scores[..., None] * query, own_weights[..., None] * grad, None, None, None
+
+
+class _HeadFold:
+    """Puts each key-value head's query heads on an axis of their own; groups of unequal size are padded by a repeat."""
+
+    def __init__(self, config: SageMusicConfig):
+        kv_heads = config.num_key_value_heads
+        members, start = [], 0
+        for size in config.query_heads_per_attribute:
+            per_kv = size // kv_heads
+            members += [list(range(start + j * per_kv, start + (j + 1) * per_kv)) for j in range(kv_heads)]
+            start += size
+        self.kv_heads = [row % kv_heads for row, heads in enumerate(members) for _ in heads]  # each query head's
+        self.rows, self.width = len(members), max(map(len, members))
+        self.even = all(len(heads) == self.width for heads in members)
+        self.take = [heads[min(i, len(heads) - 1)] for heads in members for i in range(self.width)]
+        self.put = [row * self.width + i for row, heads in enumerate(members) for i in range(len(heads))]
+
+    def fold(self, query: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, d) to (B, A * h, G, T, d)."""
+        if not self.even:
+            query = query[:, self.take]
+        return query.reshape(query.shape[0], self.rows, self.width, *query.shape[2:])
+
+    def unfold(self, output: torch.Tensor) -> torch.Tensor:
+        """(B, A * h, G, T, d) to (B, H, T, d)."""
+        output = output.flatten(1, 2)
+        return output if self.even else output[:, self.put]
+
+
+class SageMusicMLP(nn.Module):
+    def __init__(self, config: SageMusicConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class SageMusicDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SageMusicConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = SageMusicAttention(config, layer_idx)
+        self.mlp = SageMusicMLP(config)
+        self.input_layernorm = SageMusicRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = SageMusicRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: AttributePlan,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), plan, position_embeddings, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class SageMusicPreTrainedModel(PreTrainedModel):
+    config: SageMusicConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SageMusicDecoderLayer"]  # noqa: RUF012 (class variables of the base class)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": SageMusicDecoderLayer,
+        "attentions": SageMusicAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SageMusicAttention):
+            init.normal_(module.kv_weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, SageMusicRotaryEmbedding):
+            inv_freq, _ = module.rope_init_fn(module.config)
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+        elif isinstance(module, SageMusicModel) and module.token_codes is not None:
+            init.copy_(module.token_codes, _token_codes(module.config))
+
+
+def _token_codes(config: SageMusicConfig) -> torch.Tensor:
+    """(vocab_size,) int64: the attribute of each token id, plus `num_attributes` for BOS, which every group reads."""
+    if config.token_attribute_ids is None:
+        raise ValueError(
+            f"kv_routing={config.kv_routing!r} needs config.token_attribute_ids, the attribute of every token id. "
+            "Build the config from a tokenizer: SageMusicConfig(**tokenizer.config_fields())."
+        )
+    codes = torch.tensor(config.token_attribute_ids, dtype=torch.int64, device="cpu")
+    if config.bos_token_id is not None:
+        codes[config.bos_token_id] += config.num_attributes
+    return codes
+
+
+class SageMusicModel(SageMusicPreTrainedModel):
+    """The decoder without its language-model head."""
+
+    def __init__(self, config: SageMusicConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([SageMusicDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = SageMusicRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = SageMusicRotaryEmbedding(config)
+        codes = None if config.kv_routing == "none" else _token_codes(config)
+        self.token_codes = None if codes is None else nn.Buffer(codes, persistent=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attribute_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T), or `inputs_embeds` (B, T, hidden_size) with `attribute_ids`.
+            attention_mask: (B, tokens seen + T), 0 for padding on the left.
+            position_ids: (B, T), counted from the first token that is not padding by default.
+            attribute_ids: (B, T) attribute of each token, plus `config.num_attributes` for tokens that every head group
+                reads (BOS). Read from `config.token_attribute_ids` when `input_ids` are given.
+
+        Raises:
+            ValueError: ids outside the vocabulary, `inputs_embeds` without `attribute_ids`, a cache of another kind,
+                or a mask that is not 2D under `kv_routing="head"`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+
+        if use_cache and past_key_values is None:
+            past_key_values = SageMusicCache(self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == seen + length:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            else:
+                position_ids = (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+
+        plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values, seen)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, plan, position_embeddings, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_ids(self, input_ids: torch.LongTensor) -> None:
+        # An accelerator would stall for this check, and an embedding raises a device error there anyway.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = torch.aminmax(input_ids)
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids run from {int(low)} to {int(high)}, outside the vocabulary of {self.config.vocab_size}."
+                )
+
+    def _plan(self, input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past, seen) -> AttributePlan:
+        config = self.config
+        batch, length = inputs_embeds.shape[:2]
+        codes = None
+        if config.kv_routing != "none":
+            if attribute_ids is not None:
+                codes = attribute_ids
+            elif input_ids is not None:
+                codes = self.token_codes[input_ids]
+            else:
+                raise ValueError(
+                    f"kv_routing={config.kv_routing!r} needs attribute_ids with inputs_embeds: the attribute of each "
+                    "token decides which key-value heads it owns."
+                )
+        plan = AttributePlan(attribute_ids=codes % config.num_attributes if codes is not None else None)
+        if codes is not None and length > 1 and not torch.compiler.is_compiling():
+            flat = plan.attribute_ids.flatten()
+            plan.order = flat.argsort(stable=True)
+            plan.sizes = torch.bincount(flat, minlength=config.num_attributes).tolist()
+        if config.kv_routing != "head":
+            plan.mask = create_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past,
+                position_ids=position_ids,
+            )
+            return plan
+
+        if past is not None and not hasattr(past, "route"):
+            raise ValueError(
+                f"kv_routing='head' keeps a cache compacted by attribute: pass SageMusicCache(model.config) or no "
+                f"cache, not {type(past).__name__}."
+            )
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError("kv_routing='head' takes a 2D attention_mask: (batch, tokens), 0 for padding.")
+            codes = codes.masked_fill(attention_mask[:, -length:] == 0, -1)
+        if past is not None and (seen > 0 or length == 1 or torch.compiler.is_compiling()):
+            plan.route = past.route(codes)
+            return plan
+        self._plan_prefill(plan, codes, inputs_embeds.dtype, keep=past is not None)
+        if past is not None:
+            past.remember_prefill(codes)
+        return plan
+
+    def _plan_prefill(self, plan: AttributePlan, codes: torch.Tensor, dtype: torch.dtype, keep: bool) -> None:
+        """Rows and masks of a pass with nothing stored before it; `keep` asks for the rows a cache will take over."""
+        device, length = codes.device, codes.shape[1]
+        implementation = self.config._attn_implementation
+        attributes = torch.arange(self.config.num_attributes, device=device)
+        members = (codes[:, None] == attributes[:, None]) | (codes[:, None] >= self.config.num_attributes)  # (B, A, T)
+        tokens = torch.arange(length, device=device)
+        compact = implementation == "sdpa" and not torch.compiler.is_compiling()
+        if compact or keep:
+            counts = members.cumsum(-1)
+            longest = max(int(counts[..., -1].max()), 1)
+            # Tokens of other attributes all land in the column after the last, which is cut off.
+            gather = counts.new_zeros(*counts.shape[:2], longest + 1)
+            gather.scatter_(2, torch.where(members, counts - 1, longest), tokens.expand_as(counts))
+            plan.gather = gather[..., :longest]
+        if compact:
+            plan.blocks = []
+            for start in range(0, length, QUERY_BLOCK):
+                part = slice(start, start + QUERY_BLOCK)
+                rows = max(int(counts[..., part].max()), 1)
+                visible = torch.arange(rows, device=device) < counts[:, :, part, None]
+                plan.blocks.append((part, rows, visible, ~members[:, :, part]))
+            return
+
+        group_of = attributes.repeat_interleave(torch.tensor(self.config.query_heads_per_attribute, device=device))
+        if implementation == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            def reads(b, h, q, kv):
+                return ((kv <= q) & members[b, group_of[h], kv]) | (kv == q)
+
+            plan.mask = create_block_mask(reads, codes.shape[0], len(group_of), length, length, device=device)
+        else:
+            causal = tokens[:, None] >= tokens
+            visible = (members[:, :, None] & causal) | (tokens[:, None] == tokens)  # (B, A, T, T)
+            bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+            plan.mask = bias[:, group_of]
+
+
+class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
+    """SAGE-Music with its language-model head; `generate()` builds `SageMusicCache` and applies the MIDI grammar."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: SageMusicConfig):
+        super().__init__(config)
+        self.model = SageMusicModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attribute_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `SageMusicModel.forward`, with `labels` (B, T) for the shifted loss in nats per token (-100: ignored).
+
+        Returns logits (B, T or `logits_to_keep`, vocab_size).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            attribute_ids=attribute_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        implementation = generation_config.cache_implementation
+        given = model_kwargs.get("past_key_values") is not None
+        if (
+            given
+            or generation_config.use_cache is False
+            or implementation not in (None, "dynamic", "offloaded", "static")
+        ):
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if implementation == "static":
+            longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            if self.config.kv_routing == "head":
+                cache = SageMusicCache(self.config, max_cache_len=longest)
+            else:
+                cache = StaticCache(self.config, max_cache_len=longest)
+        else:
+            cache = SageMusicCache(self.config, offloading=implementation == "offloaded")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if self.config.grammar is not None and getattr(generation_config, "midi_grammar", True):
+            # First: a top-k or top-p filter must choose among valid tokens, or it may leave none.
+            processors.insert(0, MidiGrammarLogitsProcessor(self.config))
+        return processors
+
+
+__all__ = ["SageMusicForCausalLM", "SageMusicModel", "SageMusicPreTrainedModel"]
