@@ -102,6 +102,39 @@ def score_from_notes(notes: np.ndarray, qpm: float = 120.0, ticks_per_quarter: i
     return score
 
 
+def bar_ticks(score: Score, at_least: int = 0) -> np.ndarray:
+    """Ticks of all bar lines up to the end of the music by the score's meters, or of `at_least` so many bar lines."""
+    meters = sorted((m.time, m.numerator, m.denominator) for m in score.time_signatures)
+    if not meters or meters[0][0] > 0:
+        meters.insert(0, (0, 4, 4))
+    ticks: list[int] = []
+    for index, (start, numerator, denominator) in enumerate(meters):
+        step = max(score.ticks_per_quarter * 4 * numerator // denominator, 1)
+        last = index + 1 == len(meters)
+        until = max(score.end(), start) if last else meters[index + 1][0]
+        ticks.extend(range(start, until, step))
+        while last and len(ticks) < at_least:
+            ticks.append(ticks[-1] + step if ticks and ticks[-1] >= start else start)
+    return np.array(ticks, dtype=np.int64)
+
+
+def tick_to_seconds(score: Score, ticks: np.ndarray) -> np.ndarray:
+    """Seconds of tick positions under the score's tempo changes (120 quarter notes a minute before the first)."""
+    tempos = sorted((tempo.time, tempo.mspq) for tempo in score.tempos)
+    if not tempos or tempos[0][0] > 0:
+        tempos.insert(0, (0, 500_000))
+    starts = np.array([time for time, _ in tempos])
+    rates = np.array([mspq for _, mspq in tempos]) / 1e6 / score.ticks_per_quarter  # seconds per tick
+    at_start = np.concatenate([[0.0], np.cumsum(np.diff(starts) * rates[:-1])])
+    section = np.searchsorted(starts, ticks, side="right") - 1
+    return at_start[section] + (ticks - starts[section]) * rates[section]
+
+
+def bar_times(score: Score, at_least: int = 0) -> np.ndarray:
+    """Seconds of the bar lines of `bar_ticks`."""
+    return tick_to_seconds(score, bar_ticks(score, at_least))
+
+
 def write_atomic(path: str | os.PathLike, data: bytes) -> Path:
     """Write a file whole or not at all; the folder is made where it is missing."""
     path = Path(path)

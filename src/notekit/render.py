@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from symusic import Score
 
-from .midi import notes_from_score, write_atomic
+from .midi import bar_times, notes_from_score, write_atomic
 from .notes import end_s, instrument_name
 
 SOUNDFONT = "TimGM6mb.sf2"
@@ -58,32 +58,6 @@ def render_wav(path: str | os.PathLike, score: Score, sample_rate: int = 44100) 
         file.setframerate(sample_rate)
         file.writeframes((samples.T * 32767).astype("<i2").tobytes())
     return write_atomic(path, buffer.getvalue())
-
-
-def bar_times(score: Score) -> np.ndarray:
-    """Times in seconds of all bar lines up to the end of the music, by the score's meters and tempos."""
-    tpq, end = score.ticks_per_quarter, score.end()
-    meters = sorted((m.time, m.numerator, m.denominator) for m in score.time_signatures)
-    if not meters or meters[0][0] > 0:
-        meters.insert(0, (0, 4, 4))
-    ticks = []
-    for index, (start, numerator, denominator) in enumerate(meters):
-        until = meters[index + 1][0] if index + 1 < len(meters) else end + 1
-        step = max(tpq * 4 * numerator // denominator, 1)
-        ticks.extend(range(start, until, step))
-    return tick_to_seconds(score, np.array(ticks))
-
-
-def tick_to_seconds(score: Score, ticks: np.ndarray) -> np.ndarray:
-    """Seconds of tick positions under the score's tempo changes (120 quarter notes a minute before the first)."""
-    tempos = sorted((tempo.time, tempo.mspq) for tempo in score.tempos)
-    if not tempos or tempos[0][0] > 0:
-        tempos.insert(0, (0, 500_000))
-    starts = np.array([time for time, _ in tempos])
-    rates = np.array([mspq for _, mspq in tempos]) / 1e6 / score.ticks_per_quarter  # seconds per tick
-    at_start = np.concatenate([[0.0], np.cumsum(np.diff(starts) * rates[:-1])])
-    section = np.searchsorted(starts, ticks, side="right") - 1
-    return at_start[section] + (ticks - starts[section]) * rates[section]
 
 
 def render_piano_roll(

@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     resume = any(Path(args.out).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resume)
     best = Path(args.out) / "best"
+    model.config.use_cache = True  # Trainer turned it off for training
     trainer.save_model(best)
     tokenizer.save_pretrained(best)
     report = {**trainer.evaluate(), "parameters": model.num_parameters(), "steps": trainer.state.global_step}

@@ -1,5 +1,7 @@
 """SAGE-Music: low-latency multi-track MIDI language models for Transformers."""
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .cache_sage_music import SageMusicCache
@@ -8,12 +10,16 @@ from .generation_sage_music import BarCountCriteria, MidiGrammarLogitsProcessor,
 from .modeling_sage_music import SageMusicForCausalLM, SageMusicModel, SageMusicPreTrainedModel
 from .tokenization_sage_music import SageMusicTokenizer
 
+PRETRAINED = Path(__file__).parent / "pretrained" / "sage-music-6m"
+"""Folder of the bundled checkpoint, for `from_pretrained`."""
+
 AutoConfig.register("sage_music", SageMusicConfig, exist_ok=True)
 AutoModel.register(SageMusicConfig, SageMusicModel, exist_ok=True)
 AutoModelForCausalLM.register(SageMusicConfig, SageMusicForCausalLM, exist_ok=True)
 AutoTokenizer.register(SageMusicConfig, SageMusicTokenizer, exist_ok=True)
 
 __all__ = [
+    "PRETRAINED",
     "BarCountCriteria",
     "MidiGrammarLogitsProcessor",
     "MinBarsLogitsProcessor",

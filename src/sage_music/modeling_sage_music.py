@@ -1,8 +1,8 @@
 """SAGE-Music: a pre-norm decoder whose key-value heads each belong to one musical attribute.
 
-Attribute-specialized key-value head sharing (SAGE-Music, arXiv 2510.00395): a token of attribute `a` has one small set
-of keys and values, projected by `a`'s own weights, and all query heads share them. The cache holds `h` heads for a token
-instead of `H`.
+Attribute-specialized key-value head sharing (SAGE-Music, arXiv 2510.00395): a token of attribute `a` has one small
+set of keys and values, projected by `a`'s own weights, and all query heads share them. The cache holds `h` heads for a
+token instead of `H`.
 
 Shapes: B batch, T query tokens, H query heads, A attributes, h key-value heads per attribute, d channels per head,
 S stored rows of the longest attribute.
@@ -122,7 +122,7 @@ class AttributePlan:
     _biases: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict)
 
     def biases(self, dtype: torch.dtype, kv_heads: int) -> list[torch.Tensor]:
-        """Per block the additive mask (B, A * h, T_block, rows); made once, for the dtype the first layer computes in."""
+        """Per block the additive mask (B, A * h, T_block, rows); made once, in the dtype the layers compute in."""
         if dtype not in self._biases:
             self._biases[dtype] = [
                 torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, HIDDEN).repeat_interleave(kv_heads, dim=1)
@@ -211,7 +211,7 @@ class SageMusicAttention(nn.Module):
     @staticmethod
     def _compact(states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
         """(B, h, T, d) in token order to (B, A * h, S, d), each attribute's rows together."""
-        batch, heads, _, width = states.shape
+        _, heads, _, width = states.shape
         index = gather[:, :, None, :, None].expand(-1, -1, heads, -1, width)
         return states[:, None].expand(-1, gather.shape[1], -1, -1, -1).gather(3, index).flatten(1, 2)
 
@@ -446,7 +446,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        batch, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
 
         if use_cache and past_key_values is None:
             past_key_values = SageMusicCache(self.config)
@@ -475,7 +475,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
 
     def _plan(self, input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past, seen) -> AttributePlan:
         config = self.config
-        batch, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
         codes = None
         if config.kv_routing != "none":
             if attribute_ids is not None:

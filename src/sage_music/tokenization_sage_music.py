@@ -220,7 +220,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         return tokens
 
     def decode_midi(self, ids, bars: int | None = None) -> Score:
-        """The `symusic.Score` of a sequence of ids (list, array or tensor of shape `(T,)`), or of its first `bars` bars.
+        """The `symusic.Score` of ids (list, array or tensor of shape `(T,)`), or of their first `bars` bars.
 
         Raises:
             ValueError: an id outside the vocabulary, or a batch of sequences.

@@ -1,0 +1,345 @@
+"""Music from a checkpoint: unprompted pieces and continuations, counted in bars, of any length.
+
+from notekit.compose import continue_score, load
+model, tokenizer = load()
+piece = continue_score(model, tokenizer, "prompt.mid", prompt_bars=4, bars=16, seed=0)
+piece.score.dump_midi("continuation.mid")
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from symusic import Score, Tempo
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from sage_music import (
+    PRETRAINED,
+    BarCountCriteria,
+    MinBarsLogitsProcessor,
+    SageMusicConfig,
+    SageMusicForCausalLM,
+    SageMusicTokenizer,
+)
+
+from .midi import bar_ticks, bar_times, read_score
+from .notes import instrument_name
+
+# Sampling defaults of every command: mild truncation keeps rare slips out without making the music timid.
+TEMPERATURE, TOP_P = 1.0, 0.97
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not load whole; the message names the folder and what is wrong."""
+
+
+@dataclass
+class Piece:
+    """A generated piece.
+
+    Attributes:
+        score: prompt (where there was one) and new music together.
+        ids: its token ids.
+        prompt_bars, bars: bars of the prompt, and bars written after it.
+        notes: new notes.
+        seconds: wall time of the generation.
+        remarks: what was changed or left out on the way, in sentences for the user.
+    """
+
+    score: Score
+    ids: list[int]
+    prompt_bars: int
+    bars: int
+    notes: int
+    seconds: float
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def notes_per_second(self) -> float:
+        return self.notes / self.seconds if self.seconds else 0.0
+
+    @property
+    def prompt_end_s(self) -> float:
+        """Seconds at which the new music begins."""
+        return float(bar_times(self.score, self.prompt_bars + 1)[self.prompt_bars])
+
+    @property
+    def music_seconds(self) -> float:
+        """Playing time of the new music, in whole bars."""
+        total = self.prompt_bars + self.bars
+        return float(bar_times(self.score, total + 1)[total]) - self.prompt_end_s
+
+
+def load(checkpoint: str | os.PathLike | None = None) -> tuple[SageMusicForCausalLM, SageMusicTokenizer]:
+    """Model (in evaluation mode) and tokenizer of a checkpoint folder or Hub name; the bundled one by default.
+
+    Raises:
+        CheckpointError: no such checkpoint, a missing or misshapen tensor, or a config that contradicts itself.
+    """
+    name = os.fspath(checkpoint) if checkpoint is not None else str(PRETRAINED)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = SageMusicConfig.from_pretrained(name)
+        if config.model_type != "sage_music":
+            raise CheckpointError(f"{name}: a checkpoint of the model type {config.model_type!r}, not 'sage_music'.")
+        tokenizer = SageMusicTokenizer.from_pretrained(name)
+        model, info = SageMusicForCausalLM.from_pretrained(name, config=config, output_loading_info=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # Transformers, safetensors and the Hub raise a dozen kinds; all mean the same here
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{name}: this checkpoint cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(sorted(str(key) for key in info[kind])[:3])
+            raise CheckpointError(f"{name}: the weights have {kind.replace('_', ' ')}: {names}.")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.vocab_size}."
+        )
+    return model.eval(), tokenizer
+
+
+def continue_score(
+    model: SageMusicForCausalLM,
+    tokenizer: SageMusicTokenizer,
+    prompt: "str | os.PathLike | bytes | Score",
+    prompt_bars: int = 4,
+    bars: int = 16,
+    **options,
+) -> Piece:
+    """Continue the first `prompt_bars` bars of a MIDI file by `bars` bars.
+
+    Args:
+        prompt: path, bytes or score.
+        options: `temperature`, `top_p`, `seed`, `programs`, `progress`, as for `generate_piece`.
+
+    Raises:
+        InvalidMidiError: the prompt cannot be read.
+        ValueError: one bar alone is longer than the model's context.
+    """
+    score = prompt if not isinstance(prompt, str | bytes | os.PathLike) else read_score(prompt)
+    remarks = _unheard(score)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids = tokenizer.midi_to_ids(score, bars=prompt_bars)
+    remarks += sorted({str(warning.message) for warning in caught})
+    counter = BarCountCriteria(model.config, 0)
+    present = int(counter.count(torch.tensor([ids])))
+    if present < prompt_bars:
+        remarks.append(f"the prompt has {present} bars, not {prompt_bars}: all of it is used")
+    # The prompt's last bar is complete: what follows is a bar line.
+    ids.append(tokenizer.convert_tokens_to_ids("Bar_None"))
+    piece = _extend(model, tokenizer, ids, present, bars, remarks, **options)
+    _restore_tempos(piece.score, score, present)
+    return piece
+
+
+def generate_piece(
+    model: SageMusicForCausalLM,
+    tokenizer: SageMusicTokenizer,
+    bars: int = 16,
+    tempo: float | None = None,
+    time_signature: str | None = None,
+    **options,
+) -> Piece:
+    """A piece from nothing.
+
+    Args:
+        bars: length in bars.
+        tempo: quarter notes per minute, held throughout; the model's choice by default.
+        time_signature: such as "4/4", for the first bar; the model's choice by default (4/4 with a tempo).
+        temperature, top_p: sampling; `temperature=0` takes the likeliest token.
+        seed: same seed, same piece.
+        programs: the only General MIDI programs to use (-1: drums).
+        progress: called as `progress(bars_done, notes)` after every bar.
+
+    Raises:
+        ValueError: an option outside its range, naming it.
+    """
+    ids = [tokenizer.bos_token_id]
+    if tempo is not None or time_signature is not None:
+        meter = f"TimeSig_{time_signature or '4/4'}"
+        if meter not in tokenizer.get_vocab():
+            raise ValueError(f"time_signature {time_signature!r} has no token; 4/4, 3/4, 6/8 are examples that have.")
+        ids += tokenizer.convert_tokens_to_ids(["Bar_None", meter])
+    suppress = []
+    if tempo is not None:
+        low, high = tokenizer.miditok.config.tempo_range
+        if not low <= tempo <= high:
+            raise ValueError(f"tempo {tempo:g} is outside {low}-{high} quarter notes per minute.")
+        nearest = min(tokenizer.miditok.tempos, key=lambda known: abs(known - tempo))
+        ids += tokenizer.convert_tokens_to_ids(["Position_0", f"Tempo_{nearest}"])
+        suppress = ["Tempo"]
+    piece = _extend(model, tokenizer, ids, 0, bars, [], suppress=suppress, **options)
+    if tempo is not None:
+        piece.score.tempos = type(piece.score.tempos)([Tempo(0, tempo)])
+    return piece
+
+
+def _extend(
+    model,
+    tokenizer,
+    ids: list[int],
+    prompt_bars: int,
+    bars: int,
+    remarks: list[str],
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
+    seed: int | None = None,
+    programs: list[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    suppress: list[str] = (),
+) -> Piece:
+    if bars < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"bars {bars} must be positive, temperature {temperature} not negative, top_p {top_p} in 0..1."
+        )
+    forbidden = _forbidden(tokenizer, programs, suppress)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if temperature == 0:
+        sampling = {"do_sample": False}
+    counter = BarCountCriteria(model.config, 0)
+    notes_of = np.array(model.config.grammar["notes"])
+    start, total = len(ids), prompt_bars + bars
+    begin = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        done = int(counter.count(torch.tensor([ids])))
+        while done <= total:
+            window, cut = _window(model, tokenizer, ids)
+            if cut and len(ids) == start:
+                remarks.append(f"the prompt is longer than the context: the model hears its last {window.count} bars")
+            streamer = _Progress(model.config, progress, done - prompt_bars, int(notes_of[ids[start:]].sum()))
+            goal = total - done + window.count
+            output = model.generate(
+                torch.tensor([window.ids], device=model.device),
+                attention_mask=torch.ones(1, len(window.ids), dtype=torch.long, device=model.device),
+                max_new_tokens=model.config.max_position_embeddings - len(window.ids),
+                stopping_criteria=StoppingCriteriaList([BarCountCriteria(model.config, goal)]),
+                logits_processor=LogitsProcessorList([MinBarsLogitsProcessor(model.config, goal)]),
+                suppress_tokens=forbidden or None,
+                streamer=streamer,
+                **sampling,
+            )
+            new = output[0, len(window.ids) :].tolist()
+            ids = ids + new
+            bars_now = int(counter.count(torch.tensor([ids])))
+            if bars_now == done and done <= total:
+                remarks.append(f"stopped at bar {done}: the model wrote {len(new)} tokens without a bar line")
+                total = done
+                break
+            done = bars_now
+    return Piece(
+        score=tokenizer.decode_midi(ids, bars=total),
+        ids=ids,
+        prompt_bars=prompt_bars,
+        bars=total - prompt_bars,
+        notes=int(notes_of[ids[start:]].sum()),
+        seconds=time.perf_counter() - begin,
+        remarks=remarks,
+    )
+
+
+@dataclass
+class _Window:
+    ids: list[int]
+    count: int  # bar lines in it
+
+
+def _window(model, tokenizer, ids: list[int]) -> tuple[_Window, bool]:
+    """What the model hears: everything, or BOS and the last bars that leave half of the context free."""
+    context = model.config.max_position_embeddings
+    bars_of = np.array(model.config.grammar["bars"])
+    if len(ids) <= context - context // 4:
+        return _Window(ids, int(bars_of[ids].sum())), False
+    lines = np.flatnonzero(bars_of[ids])
+    fitting = lines[len(ids) - lines < context // 2]
+    # A prompt ends with a bare bar line: with nothing before it the model would hear no music at all.
+    if not len(fitting) or len(ids) - fitting[0] < 3:
+        fitting = lines[len(ids) - lines < context - 128]
+        if not len(fitting) or len(ids) - fitting[0] < 3:
+            raise ValueError(f"a single bar holds more tokens than the context of {context}: choose a thinner prompt.")
+    kept = [tokenizer.bos_token_id, *ids[fitting[0] :]]
+    return _Window(kept, int(bars_of[kept].sum())), True
+
+
+class _Progress(BaseStreamer):
+    """Counts bars and notes as tokens come; a token is final when it arrives."""
+
+    def __init__(self, config, report, bars: int, notes: int):
+        self.bars_of, self.notes_of = config.grammar["bars"], config.grammar["notes"]
+        self.report, self.bars, self.notes, self.prompt_seen = report, bars, notes, False
+
+    def put(self, value):
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            self.notes += self.notes_of[token]
+            if self.bars_of[token] and self.report is not None:
+                self.bars += self.bars_of[token]
+                self.report(max(self.bars - 1, 0), self.notes)
+
+    def end(self):
+        pass
+
+
+def _forbidden(tokenizer, programs: list[int] | None, suppress) -> list[int]:
+    if programs is not None:
+        wrong = [program for program in programs if not -1 <= program <= 127]
+        if wrong or not programs:
+            raise ValueError(f"programs are 0-127, or -1 for drums; got {wrong or 'none'}.")
+    allowed = None if programs is None else {f"Program_{program}" for program in programs}
+    forbidden = []
+    for index, tokens in enumerate(tokenizer.base_tokens([i]) for i in range(tokenizer.vocab_size)):
+        other = allowed is not None and any(t.startswith("Program_") and t not in allowed for t in tokens)
+        if other or any(token.split("_")[0] in suppress for token in tokens):
+            forbidden.append(index)
+    return forbidden
+
+
+def _unheard(score: Score) -> list[str]:
+    """What a score holds that tokens do not."""
+    remarks = []
+    lost = {
+        "sustain pedal": sum(len(track.pedals) for track in score.tracks),
+        "controller": sum(len(track.controls) for track in score.tracks),
+        "pitch bend": sum(len(track.pitch_bends) for track in score.tracks),
+    }
+    for name, count in lost.items():
+        if count:
+            remarks.append(f"{count} {name} events of the prompt have no token and are left out")
+    melodic = [track.program for track in score.tracks if not track.is_drum and len(track.notes)]
+    if len(melodic) > len(set(melodic)):
+        remarks.append("tracks that share a program are merged into one")
+    return remarks
+
+
+def _restore_tempos(score: Score, source: Score, prompt_bars: int) -> None:
+    """Give the prompt's part its exact tempos back: tokens hold them to a few per cent."""
+    end = bar_ticks(score, prompt_bars + 1)[prompt_bars]
+    scale = score.ticks_per_quarter / source.ticks_per_quarter
+    exact = [Tempo(round(t.time * scale), t.qpm) for t in source.tempos if t.time * scale < end and t.mspq > 0]
+    if exact:
+        later = [Tempo(t.time, t.qpm) for t in score.tempos if t.time >= end]
+        score.tempos = type(score.tempos)(exact + later)
+
+
+def describe(score: Score) -> list[str]:
+    """Instruments of a score, most notes first: `"Acoustic Grand Piano (212 notes)"`."""
+    tracks = sorted(score.tracks, key=lambda track: -len(track.notes))
+    return [f"{instrument_name(-1 if t.is_drum else t.program)} ({len(t.notes)} notes)" for t in tracks]
