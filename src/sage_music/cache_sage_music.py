@@ -100,7 +100,7 @@ class StaticCompactLayer(CompactLayer):
     """`CompactLayer` with a fixed capacity, whose addresses `torch.compile` may keep."""
 
     is_compileable = True
-    is_croppable = True
+    is_croppable = False
 
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__()
@@ -163,8 +163,8 @@ class SageMusicCache(DynamicCache):
         self._forget()
 
     def _forget(self):
-        self.tokens_seen = 0
-        self.lengths: torch.Tensor | None = None  # (B, A) rows stored for each attribute
+        self.tokens_seen: int | torch.Tensor = 0  # a tensor in a static cache: compiled code must not depend on it
+        self.lengths: torch.Tensor | None = None  # (B, A) rows stored for each attribute; `None` before the first
         self._history: list[torch.Tensor] = []  # codes passed to `route`, (B, n) each: what `crop` recounts
 
     @property
@@ -188,9 +188,9 @@ class SageMusicCache(DynamicCache):
         """
         new = codes.shape[1]
         members = self._members(codes)
-        if self.lengths is None:
-            self.lengths = members.new_zeros(members.shape[:2], dtype=torch.int64)
-        counts = self.lengths[..., None] + members.cumsum(-1)
+        counts = members.cumsum(-1)
+        if self.lengths is not None:
+            counts = counts + self.lengths[..., None]
         stored = counts[..., -1]
         scratch = stored[..., None] + torch.arange(new, device=codes.device)
         slots = torch.where(members, counts - 1, scratch)
@@ -205,11 +205,18 @@ class SageMusicCache(DynamicCache):
         self._remember(codes, self._members(codes).sum(-1))
 
     def _remember(self, codes: torch.Tensor, stored: torch.Tensor) -> None:
-        self.lengths = stored
-        self._history.append(codes)
-        self.tokens_seen += codes.shape[1]
+        if self.max_cache_len is None:
+            self.lengths = stored
+            self._history.append(codes)
+            self.tokens_seen += codes.shape[1]
+        elif self.lengths is not None:
+            self.lengths.copy_(stored)
+            self.tokens_seen.add_(codes.shape[1])
+        else:
+            self.lengths = stored.clone()
+            self.tokens_seen = torch.full((), codes.shape[1], device=codes.device)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> "int | torch.Tensor":
         return self.tokens_seen if self.routed else super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -221,6 +228,8 @@ class SageMusicCache(DynamicCache):
             return super().crop(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError("crop takes 0 or minus the number of tokens to remove.")
+        if self.max_cache_len is not None:
+            raise ValueError("a static cache cannot be cropped: use the default cache for assisted decoding.")
         if self._history and tokens_to_remove < 0:
             # Rows are stored in token order, so the first `lengths` rows of what is left are the right ones.
             self.tokens_seen = max(self.tokens_seen + tokens_to_remove, 0)
@@ -233,7 +242,8 @@ class SageMusicCache(DynamicCache):
 
     def _on_batch(self, select):
         if self.lengths is not None:
-            self.lengths, self._history = select(self.lengths), [select(self.history)]
+            self.lengths = select(self.lengths)
+            self._history = [select(self.history)] if self._history else []
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         if not self.routed:

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -139,7 +139,8 @@ class SageMusicAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
-        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        # What the attention interfaces repeat keys by; routed heads come with their keys already in place.
+        self.num_key_value_groups = 1 if config.kv_routing == "head" else self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -452,12 +453,16 @@ class SageMusicModel(SageMusicPreTrainedModel):
             past_key_values = SageMusicCache(self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == seen + length:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                if isinstance(seen, int) and attention_mask.shape[1] != seen + length:
+                    raise ValueError(
+                        f"attention_mask covers {attention_mask.shape[1]} tokens, not {seen} cached and {length} new ones."
+                    )
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             else:
                 position_ids = (torch.arange(length, device=inputs_embeds.device) + seen)[None]
 
-        plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values, seen)
+        plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -473,7 +478,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
                     f"input_ids run from {int(low)} to {int(high)}, outside the vocabulary of {self.config.vocab_size}."
                 )
 
-    def _plan(self, input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past, seen) -> AttributePlan:
+    def _plan(self, input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past) -> AttributePlan:
         config = self.config
         length = inputs_embeds.shape[1]
         codes = None
@@ -511,7 +516,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
             if attention_mask.ndim != 2:
                 raise ValueError("kv_routing='head' takes a 2D attention_mask: (batch, tokens), 0 for padding.")
             codes = codes.masked_fill(attention_mask[:, -length:] == 0, -1)
-        if past is not None and (seen > 0 or length == 1 or torch.compiler.is_compiling()):
+        if past is not None and (past.lengths is not None or length == 1 or torch.compiler.is_compiling()):
             plan.route = past.route(codes)
             return plan
         self._plan_prefill(plan, codes, inputs_embeds.dtype, keep=past is not None)
@@ -543,7 +548,8 @@ class SageMusicModel(SageMusicPreTrainedModel):
                 plan.blocks.append((part, rows, visible, ~members[:, :, part]))
             return
 
-        group_of = attributes.repeat_interleave(torch.tensor(self.config.query_heads_per_attribute, device=device))
+        sizes = self.config.query_heads_per_attribute
+        group_of = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)], device=device)
         if implementation == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -633,6 +639,13 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
+        """Masks for a compileable cache: the compacted one reads the 2D mask itself."""
+        if config.kv_routing == "head":
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

@@ -100,7 +100,8 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         else:
             to_tokens = self.miditok._vocab_learned_bytes_to_tokens
             self._base_tokens = [tuple(to_tokens[text]) for text, _ in sorted(model.items(), key=lambda item: item[1])]
-        self._token_texts = ["+".join(tokens) for tokens in self._base_tokens]
+        # MidiTok's BPE keeps one entry that spells nothing, for word boundaries.
+        self._token_texts = ["+".join(tokens) or "Boundary" for tokens in self._base_tokens]
         self._token_ids = {text: index for index, text in enumerate(self._token_texts)}
 
     # ---- the vocabulary, as Transformers asks for it
@@ -254,7 +255,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         """Keyword arguments for `SageMusicConfig`: vocabulary size, special ids, attribute map and grammar."""
         types = [name for group in ATTRIBUTES.values() for name in group]
         attribute_of = {name: index for index, group in enumerate(ATTRIBUTES.values()) for name in group}
-        kinds = [[token.split("_")[0] for token in tokens] for tokens in self._base_tokens]
+        kinds = [[token.split("_")[0] for token in tokens] or ["PAD"] for tokens in self._base_tokens]
         follows = self._may_follow()
         features = [self._grammar_features(tokens) for tokens in self._base_tokens]
         grammar = {

@@ -1,0 +1,119 @@
+"""Shared fixtures: a tokenizer, tiny models of every routing, and MIDI files made on the spot."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from symusic import Note, Score, Tempo, TimeSignature, Track
+
+from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# kv_routing, heads per attribute or in all, query heads per attribute
+ROUTINGS = {
+    "head": ("head", 1, None),
+    "head-uneven": ("head", 2, [2, 2, 4, 2, 6]),
+    "token": ("token", 1, None),
+    "token-gqa": ("token", 2, None),
+    "mha": ("none", 16, None),
+    "gqa": ("none", 4, None),
+    "mqa": ("none", 1, None),
+}
+
+
+def band(bars: int = 8, seed: int = 0, qpm: float = 120.0) -> Score:
+    """Piano, bass and drums: random but on a grid of sixteenths, 4/4."""
+    rng = random.Random(seed)
+    score = Score(480)
+    score.tempos.append(Tempo(0, qpm))
+    score.time_signatures.append(TimeSignature(0, 4, 4))
+    for program, drum, low, high, hits in ((0, False, 60, 84, 6), (33, False, 33, 50, 3), (0, True, 35, 50, 8)):
+        track = Track(program=program, is_drum=drum, name="Drums" if drum else f"program {program}")
+        for bar in range(bars):
+            for step in sorted(rng.sample(range(16), hits)):
+                time = bar * 1920 + step * 120
+                track.notes.append(
+                    Note(time, rng.choice([120, 240, 480]), rng.randint(low, high), rng.randint(30, 120))
+                )
+        score.tracks.append(track)
+    return score
+
+
+def notes_of(score: Score) -> list[tuple]:
+    """Every note as (program or -1, tick in 1/48 quarter, pitch), sorted."""
+    scale = 48 / score.ticks_per_quarter
+    return sorted(
+        (-1 if track.is_drum else track.program, round(note.time * scale), note.pitch)
+        for track in score.tracks
+        for note in track.notes
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> SageMusicTokenizer:
+    return SageMusicTokenizer()
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer(tmp_path_factory) -> SageMusicTokenizer:
+    """The default vocabulary grown to 1,200 tokens by MidiTok's BPE training."""
+    folder = tmp_path_factory.mktemp("bpe")
+    files = []
+    for seed in range(12):
+        files.append(folder / f"{seed}.mid")
+        band(seed=seed).dump_midi(files[-1])
+    plain = SageMusicTokenizer()
+    plain.miditok.train(vocab_size=1200, files_paths=files)
+    plain.miditok.save(folder / "miditok.json")
+    return SageMusicTokenizer(vocab_file=str(folder / "miditok.json"))
+
+
+def tiny_config(tokenizer, routing: str = "head", **options) -> SageMusicConfig:
+    kind, kv_heads, groups = ROUTINGS[routing]
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "head_dim": 8,
+    }
+    # Large weights: a slip in cache or mask then changes the likeliest token, not only the last digits.
+    return SageMusicConfig(
+        **tokenizer.config_fields(),
+        **{
+            **shape,
+            "kv_routing": kind,
+            "num_key_value_heads": kv_heads,
+            "query_heads_per_attribute": groups,
+            "initializer_range": 0.5,
+            **options,
+        },
+    )
+
+
+def tiny_model(tokenizer, routing: str = "head", seed: int = 0, **options) -> SageMusicForCausalLM:
+    torch.manual_seed(seed)
+    return SageMusicForCausalLM(tiny_config(tokenizer, routing, **options)).eval()
+
+
+@pytest.fixture(scope="session", params=list(ROUTINGS))
+def model(request, tokenizer) -> SageMusicForCausalLM:
+    """In float64: what is left of rounding comes from the rotary tables, which are float32 by design."""
+    return tiny_model(tokenizer, request.param).double()
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer) -> torch.Tensor:
+    """(2, 120) ids of two pieces."""
+    return torch.tensor([tokenizer.midi_to_ids(band(seed=seed))[:120] for seed in (1, 2)])
+
+
+def needs_data():
+    return pytest.mark.skipif(not DATA.is_dir(), reason="development data is not beside the checkout")

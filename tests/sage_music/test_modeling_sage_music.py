@@ -1,0 +1,196 @@
+"""Logits: attention implementations agree, routing means what it says, padding and gradients are right."""
+
+import pytest
+import torch
+from conftest import ROUTINGS, tiny_config, tiny_model
+
+from sage_music import SageMusicConfig, SageMusicForCausalLM
+
+
+def test_eager_equals_sdpa(model, prompts):
+    with torch.no_grad():
+        expected = model(prompts).logits
+        model.set_attn_implementation("eager")
+        got = model(prompts).logits
+        model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flex_attention_equals_sdpa(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head", head_dim=16)
+    with torch.no_grad():
+        expected = model(prompts).logits
+        try:
+            model.set_attn_implementation("flex_attention")
+            got = model(prompts).logits
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            pytest.skip(f"flex_attention does not run on this machine: {str(error).splitlines()[0]}")
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("routing", ["head", "head-uneven"])
+def test_fused_compact_attention_has_the_reference_gradients(tokenizer, routing):
+    ids = torch.randint(3, tokenizer.vocab_size, (2, 700), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = tokenizer.bos_token_id
+    grads = {}
+    for implementation in ("sdpa", "eager"):
+        model = tiny_model(tokenizer, routing, initializer_range=0.1).train()
+        model.set_attn_implementation(implementation)
+        model(ids, labels=ids).loss.backward()
+        grads[implementation] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, expected in grads["eager"].items():
+        torch.testing.assert_close(grads["sdpa"][name], expected, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_left_padding_changes_nothing(model, prompts):
+    padding = torch.zeros(2, 9, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones_like(prompts)], dim=1)
+    with torch.no_grad():
+        got = model(torch.cat([padding, prompts], dim=1), attention_mask=mask).logits[:, 9:]
+        torch.testing.assert_close(got, model(prompts).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_no_token_reads_the_future(model, prompts):
+    changed = prompts.clone()
+    changed[:, 60] = (changed[:, 60] + 7) % 700 + 10
+    with torch.no_grad():
+        before, after = model(prompts).logits, model(changed).logits
+    torch.testing.assert_close(after[:, :60], before[:, :60], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after[:, 60], before[:, 60])
+
+
+def test_head_routing_reads_its_own_attribute_bos_and_itself(tokenizer):
+    """Attention weights of every head group, against the rule of the paper's attribute-grouped heads."""
+    model = tiny_model(tokenizer, "head", num_hidden_layers=1)
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(
+        ["BOS_None", "Bar_None", "TimeSig_4/4", "Position_0", "Program_0", "Pitch_60", "Velocity_79", "Duration_1.0.12",
+         "Program_33", "Pitch_40", "Velocity_63", "Duration_0.6.12", "Position_12", "Program_0", "Pitch_64"]
+    )])  # fmt: skip
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True).attentions[0][0]  # (H, T, T)
+    attribute = torch.tensor(model.config.token_attribute_ids)[ids[0]]
+    first = 0
+    for group, size in enumerate(model.config.query_heads_per_attribute):
+        read = weights[first : first + size].amax(0) > 0
+        for query in range(ids.shape[1]):
+            expected = [k for k in range(query + 1) if attribute[k] == group or k == 0 or k == query]
+            assert read[query].nonzero().flatten().tolist() == expected
+        first += size
+
+
+def test_token_routing_projects_each_token_by_its_attribute(tokenizer, prompts):
+    """With all attributes' projections made equal, token routing is plain multi-query attention."""
+    routed, plain = tiny_model(tokenizer, "token"), tiny_model(tokenizer, "mqa")
+    state = plain.state_dict()
+    state = {k: v.expand(5, -1, -1).clone() if k.endswith("kv_weight") else v for k, v in state.items()}
+    routed.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(routed(prompts).logits, plain(prompts).logits, atol=1e-4, rtol=1e-4)
+        routed.model.layers[0].self_attn.kv_weight[2] += 1.0  # pitch tokens only
+        assert not torch.allclose(routed(prompts).logits[:, 10:], plain(prompts).logits[:, 10:], atol=1e-2)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model, prompts):
+    model.train()
+    grads = []
+    for checkpointing in (False, True):
+        model.activation_checkpointing_enable() if checkpointing else model.activation_checkpointing_disable()
+        model.zero_grad()
+        model(prompts, labels=prompts).loss.backward()
+        grads.append(model.model.layers[0].self_attn.kv_weight.grad.clone())
+    model.activation_checkpointing_disable()
+    model.zero_grad()
+    model.eval()
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_loss_uses_num_items_in_batch(tokenizer, prompts):
+    """Gradient accumulation divides by the items of all micro-batches; a model that ignores them trains wrong."""
+    model = tiny_model(tokenizer)
+    with torch.no_grad():
+        mean = model(prompts, labels=prompts).loss
+        half = model(prompts, labels=prompts, num_items_in_batch=2 * prompts.shape[0] * (prompts.shape[1] - 1)).loss
+    torch.testing.assert_close(half, mean / 2)
+
+
+def test_inputs_embeds_need_attribute_ids(tokenizer, prompts):
+    model = tiny_model(tokenizer)
+    embeds = model.model.embed_tokens(prompts)
+    with pytest.raises(ValueError, match="attribute_ids"):
+        model(inputs_embeds=embeds)
+    codes = model.model.token_codes[prompts]
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs_embeds=embeds, attribute_ids=codes).logits, model(prompts).logits)
+
+
+def test_ids_outside_the_vocabulary_are_named(tokenizer):
+    model = tiny_model(tokenizer)
+    with pytest.raises(ValueError, match="9999"):
+        model(torch.tensor([[1, 9999]]))
+    with pytest.raises(ValueError, match="-3"):
+        model.generate(torch.tensor([[1, -3]]), max_new_tokens=2)
+
+
+def test_a_foreign_cache_is_refused(tokenizer, prompts):
+    from transformers import DynamicCache
+
+    model = tiny_model(tokenizer)
+    with pytest.raises(ValueError, match="SageMusicCache"):
+        model(prompts, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_saved_and_loaded_logits_are_identical(tokenizer, prompts, tmp_path, routing):
+    model = tiny_model(tokenizer, routing)
+    model.save_pretrained(tmp_path)
+    again = SageMusicForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(prompts).logits, model(prompts).logits)
+
+
+def test_compiled_training_step_has_no_graph_break(tokenizer, prompts):
+    import shutil
+
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    model = tiny_model(tokenizer, "head", initializer_range=0.1)
+    compiled = torch.compile(model, fullgraph=True)
+    losses = [run(prompts, labels=prompts, use_cache=False).loss for run in (compiled, model)]
+    torch.testing.assert_close(*losses)
+    losses[0].backward()
+    assert model.model.layers[0].self_attn.kv_weight.grad.abs().sum() > 0
+
+
+def test_auto_classes_load_a_saved_model(tokenizer, prompts, tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    model = tiny_model(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "SageMusicForCausalLM"
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "SageMusicModel"
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_attribute_ids": [0, 1, 2]}, "token_attribute_ids has 3 entries"),
+        ({"token_attribute_ids": [9] * 769}, "holds 9"),
+        ({"query_heads_per_attribute": [1, 2, 3]}, "query_heads_per_attribute"),
+        ({"query_heads_per_attribute": [16, 0, 0, 0, 0]}, "positive multiple"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"kv_routing": "tokens"}, "kv_routing"),
+        ({"head_dim": 7}, "even"),
+    ],
+)
+def test_contradicting_configs_are_refused(tokenizer, change, message):
+    fields = tiny_config(tokenizer).to_dict()
+    with pytest.raises(Exception, match=message):
+        SageMusicConfig(**{**fields, **change})
+
+
+def test_a_routed_model_without_an_attribute_map_is_refused():
+    with pytest.raises(ValueError, match="config_fields"):
+        SageMusicForCausalLM(SageMusicConfig(vocab_size=50))
