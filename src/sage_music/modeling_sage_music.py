@@ -456,7 +456,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
             if attention_mask is not None and attention_mask.ndim == 2:
                 if isinstance(seen, int) and attention_mask.shape[1] != seen + length:
                     raise ValueError(
-                        f"attention_mask covers {attention_mask.shape[1]} tokens, not {seen} cached and {length} new ones."
+                        f"attention_mask has {attention_mask.shape[1]} columns, not {seen} cached + {length} new."
                     )
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             else:

@@ -202,6 +202,8 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             else:
                 warnings.warn(f"no token for the meter {pair[0]}/{pair[1]}: the meter before it goes on", stacklevel=4)
         score.time_signatures = type(score.time_signatures)(kept)
+        # One order for notes of one moment, whatever order the file's tracks came in: programs upwards, drums last.
+        score.tracks = type(score.tracks)(sorted(score.tracks, key=lambda track: (track.is_drum, track.program)))
         low, high = self.miditok.config.tempo_range
         score.tempos = type(score.tempos)(
             [Tempo(tempo.time, min(max(tempo.qpm, low), high)) for tempo in score.tempos if np.isfinite(tempo.qpm)]

@@ -1,0 +1,119 @@
+"""The command line as its users meet it: files, JSON, exit codes, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import band, notes_of
+
+from notekit.cli import main
+from notekit.midi import read_score
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = main([str(part) for part in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("name", ["ode_to_joy", "greensleeves", "saints"])
+def test_continue_writes_music_sound_and_picture(capsys, tmp_path, name):
+    out = tmp_path / "deep" / "x.mid"
+    prompt = EXAMPLES / f"{name}.mid"
+    code, text, _ = run(capsys, "continue", prompt, "--bars", 2, "--out", out, "--wav", "--png", "--json")
+    assert code == 0
+    piece = json.loads(text)["pieces"][0]
+    assert [Path(file).suffix for file in piece["files"]] == [".mid", ".wav", ".png"]
+    assert all(Path(file).stat().st_size > 100 for file in piece["files"])
+    assert piece["bars"] == 2 and piece["notes"] > 0
+    assert read_score(out).note_num() > piece["notes"]
+
+
+def test_generate_several_with_seeds(capsys, tmp_path):
+    files = []
+    for folder in ("a", "b"):
+        options = ["--bars", 2, "--seed", 3, "--num", 2, "--tempo", 100, "--programs", "0,drums"]
+        code, text, _ = run(capsys, "generate", *options, "--out", tmp_path / folder / "g.mid", "--json")
+        assert code == 0
+        files.append([Path(piece["files"][0]) for piece in json.loads(text)["pieces"]])
+    assert [file.name for file in files[0]] == ["g-1.mid", "g-2.mid"]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    assert files[0][0].read_bytes() != files[0][1].read_bytes()
+    assert {program for program, _, _ in notes_of(read_score(files[0][0]))} <= {0, -1}
+
+
+def test_render(capsys, tmp_path):
+    band(bars=1).dump_midi(tmp_path / "a.mid")
+    code, text, _ = run(capsys, "render", tmp_path / "a.mid")
+    assert code == 0 and "a.wav" in text and "a.png" in text
+    assert (tmp_path / "a.wav").read_bytes()[:4] == b"RIFF" and (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_info_describes_the_bundled_checkpoint(capsys):
+    code, text, _ = run(capsys, "info", "--json")
+    info = json.loads(text)
+    assert code == 0 and list(info["attribute_groups"]) == ["structure", "instrument", "pitch", "velocity", "duration"]
+    assert sum(info["token_types"].values()) == info["vocabulary"]
+    assert info["cache_bytes_per_token_full_heads"] == info["query_heads"] * info["cache_bytes_per_token"]
+    code, text, _ = run(capsys, "info")
+    assert "kv routing" in text
+
+
+def test_bench_compares_with_a_stock_llama(capsys):
+    code, text, _ = run(capsys, "bench", "--contexts", 64, 128, "--tokens", 4, "--rounds", 1, "--json")
+    rows = json.loads(text)["rows"]
+    assert code == 0 and [row["context"] for row in rows] == [64, 64, 128, 128]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert rows[3]["cache_ratio"] > 5
+    code, text, _ = run(capsys, "bench", "--contexts", 64, "--tokens", 4, "--rounds", 1)
+    assert "| 64 | SAGE-Music |" in text
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"not music at all", b"MThd\0\0\0\6\0\1\0\0\1\xe0"], ids=["empty", "text", "bare"]
+)
+def test_wrong_files_end_with_two_and_one_line(capsys, tmp_path, junk):
+    path = tmp_path / "junk.mid"
+    path.write_bytes(junk)
+    for command in ("continue", "render"):
+        code, text, err = run(capsys, command, path)
+        assert code == 2 and text == ""
+        assert err.startswith("sage-music: error:") and "junk.mid" in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["junk.mid"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["continue", "absent.mid"],
+        ["generate", "--model", "no/such/checkpoint"],
+        ["generate", "--bars", "2", "--tempo", "9999"],
+        ["generate", "--bars", "2", "--time-signature", "four"],
+        ["generate", "--bars", "2", "--temperature", "-1"],
+    ],
+    ids=lambda argv: " ".join(argv[-2:]),
+)
+def test_wrong_arguments_end_with_two(capsys, argv):
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and err.startswith("sage-music: error:")
+
+
+@pytest.mark.parametrize(
+    "argv", [["generate", "--bars", "0"], ["generate", "--programs", "piano"], ["generate", "--programs", "300"], []]
+)
+def test_the_parser_refuses_nonsense(argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+def test_as_a_process_there_is_no_traceback(tmp_path):
+    (tmp_path / "x.mid").write_bytes(b"junk")
+    run = subprocess.run(
+        [sys.executable, "-m", "notekit.cli", "render", str(tmp_path / "x.mid")], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr and "x.mid" in run.stderr

@@ -1,0 +1,149 @@
+"""Reading MIDI from strangers, writing it whole."""
+
+import os
+import struct
+
+import mido
+import numpy as np
+import pytest
+from conftest import band, notes_of
+
+from notekit.midi import (
+    InvalidMidiError,
+    bar_ticks,
+    bar_times,
+    notes_from_score,
+    read_notes,
+    read_score,
+    score_from_notes,
+    tick_to_seconds,
+    write_atomic,
+    write_midi,
+)
+from notekit.notes import note_array
+
+
+def midi_file(track: bytes, division: int = 96, tracks: int = 1) -> bytes:
+    header = b"MThd" + struct.pack(">IHHH", 6, 1, tracks, division)
+    return header + (b"MTrk" + struct.pack(">I", len(track)) + track) * tracks
+
+
+END = b"\0\xff\x2f\0"
+NOTE = b"\0\x90\x3c\x40\x60\x80\x3c\0"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"RIFF....WAVEfmt " * 4, "not a MIDI file"),
+        (midi_file(NOTE + END)[:30], "truncated"),
+        (midi_file(NOTE + END, division=0xE728), "SMPTE"),
+        (midi_file(NOTE + END, division=0), "0 ticks"),
+        (midi_file(END), "no notes"),
+        (midi_file(b"\xff\xff\xff\x7f" + NOTE[1:] + END, division=4), "longer than"),
+    ],
+    ids=["empty", "wav", "truncated", "smpte", "no-division", "no-notes", "endless"],
+)
+def test_what_cannot_be_read_says_why_and_where(tmp_path, data, reason):
+    path = tmp_path / "strange.mid"
+    path.write_bytes(data)
+    with pytest.raises(InvalidMidiError, match=reason) as caught:
+        read_score(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(InvalidMidiError, match=reason):
+        read_score(data)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "absent.mid", tmp_path):
+        with pytest.raises(InvalidMidiError, match="cannot be opened"):
+            read_score(path)
+
+
+def test_every_truncation_of_a_file_is_refused_or_read_whole(tmp_path):
+    data = band(bars=1).dumps_midi()
+    whole = len(read_notes(data))
+    for length in range(0, len(data) - 1, 7):
+        try:
+            assert len(read_notes(data[:length])) <= whole
+        except InvalidMidiError:
+            pass
+
+
+def test_a_tempo_of_zero_is_said_and_left_out():
+    data = midi_file(b"\0\xff\x51\x03\0\0\0" + NOTE + END)
+    with pytest.warns(UserWarning, match="tempo of 0"):
+        notes = read_notes(data)
+    assert notes["duration_s"].tolist() == [0.5]
+
+
+def test_three_hundred_tracks():
+    assert len(read_notes(midi_file(NOTE + END, tracks=300))) == 300
+
+
+def test_notes_agree_with_another_reader(tmp_path):
+    """Onsets in seconds under tempo changes, against mido."""
+    score = band(bars=4)
+    from symusic import Tempo
+
+    score.tempos.append(Tempo(2 * 1920, 60))
+    path = write_midi(tmp_path / "a.mid", score)
+    expected, now = [], 0.0
+    for message in mido.MidiFile(path):
+        now += message.time
+        if message.type == "note_on" and message.velocity:
+            expected.append((round(now, 3), message.note, message.velocity))
+    notes = read_notes(path)
+    got = [(round(float(n["onset_s"]), 3), int(n["pitch"]), int(n["velocity"])) for n in notes]
+    assert sorted(got) == sorted(expected)
+
+
+def test_notes_to_score_and_back():
+    notes = note_array([(0.0, 0.5, 60, 100, 0, 0), (0.25, 1.0, 36, 90, -1, 1), (2.0, 0.125, 43, 80, 33, 2)])
+    again = notes_from_score(score_from_notes(notes, qpm=97))
+    for name in ("pitch", "velocity", "program"):
+        assert again[name].tolist() == notes[name].tolist()
+    for name in ("onset_s", "duration_s"):
+        np.testing.assert_allclose(again[name], notes[name], atol=0.002)
+
+
+def test_bar_lines_follow_meter_and_tempo_changes():
+    from symusic import Note, Score, Tempo, TimeSignature, Track
+
+    score = Score(480)
+    score.time_signatures.append(TimeSignature(0, 3, 4))
+    score.time_signatures.append(TimeSignature(2880, 6, 8))
+    score.tempos.append(Tempo(0, 120))
+    score.tempos.append(Tempo(1440, 60))
+    score.tracks.append(Track())
+    score.tracks[0].notes.append(Note(0, 4320, 60, 80))
+    assert bar_ticks(score).tolist() == [0, 1440, 2880]
+    assert bar_ticks(score, at_least=5).tolist() == [0, 1440, 2880, 4320, 5760]
+    np.testing.assert_allclose(bar_times(score), [0, 1.5, 4.5])
+    np.testing.assert_allclose(tick_to_seconds(score, np.array([720, 1920])), [0.75, 2.5])
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "a.mid"
+    write_midi(path, band())
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, b"half")
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["a.mid"]
+
+
+def test_many_programs_survive_the_sixteen_channels(tmp_path):
+    from symusic import Note, Score, Track
+
+    score = Score(480)
+    for program in range(40):
+        score.tracks.append(Track(program=program))
+        score.tracks[-1].notes.append(Note(0, 480, 60, 80))
+    assert notes_of(read_score(write_midi(tmp_path / "a.mid", score))) == notes_of(score)
