@@ -273,7 +273,7 @@ def _window(model, tokenizer, ids: list[int]) -> tuple[_Window, bool]:
         fitting = lines[len(ids) - lines < context - 128]
         if not len(fitting) or len(ids) - fitting[0] < 3:
             raise ValueError(f"a single bar holds more tokens than the context of {context}: choose a thinner prompt.")
-    kept = [tokenizer.bos_token_id, *ids[fitting[0] :]]
+    kept = tokenizer.crop_ids(np.array(ids), int(fitting[0])).tolist()
     return _Window(kept, int(bars_of[kept].sum())), True
 
 

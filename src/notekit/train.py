@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             logging_steps=50,
             bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
             seed=args.seed,
             report_to=[],
             disable_tqdm=not sys.stderr.isatty(),

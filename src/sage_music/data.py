@@ -41,8 +41,9 @@ def encode_files(files: Iterable[str | Path], tokenizer: SageMusicTokenizer) -> 
 class BlockDataset(Dataset):
     """Random training blocks, freshly cropped and transposed at every visit.
 
-    A block starts with BOS at a random bar line of one piece; where the piece ends (EOS) before the block does, further
-    pieces follow, each after its own BOS. The random numbers are torch's, so `Trainer`'s seed governs them.
+    A block starts with BOS at a random bar line of one piece, its tempo and program stated again (`crop_ids`); where
+    the piece ends (EOS) before the block does, further pieces follow, each after its own BOS. The random numbers are
+    torch's, so `Trainer`'s seed governs them.
 
     Args:
         pieces: arrays of ids, `BOS ... EOS` each.
@@ -83,7 +84,7 @@ class BlockDataset(Dataset):
         # The last crop begins half a block before the end, so that blocks are mostly music of one piece.
         usable = starts[starts <= max(len(ids) - self.block_size // 2, starts[0])]
         start = starts[0] if whole else usable[int(torch.randint(len(usable), ()))]
-        ids = np.concatenate([ids[:1], ids[start : start + self.block_size]]).astype(np.int32)
+        ids = self.tokenizer.crop_ids(ids[: start + self.block_size], start).astype(np.int32)
         if self.transpose:
             low, high = self.pitches
             pitches = ids[(ids >= low) & (ids <= high)]

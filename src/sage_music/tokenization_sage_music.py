@@ -103,6 +103,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         # MidiTok's BPE keeps one entry that spells nothing, for word boundaries.
         self._token_texts = ["+".join(tokens) or "Boundary" for tokens in self._base_tokens]
         self._token_ids = {text: index for index, text in enumerate(self._token_texts)}
+        self._first_types = np.array([text.split("_")[0] for text in self._token_texts])
 
     # ---- the vocabulary, as Transformers asks for it
 
@@ -250,6 +251,26 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         if np.any(melodic & ((moved < first) | (moved >= first + 128))):
             raise ValueError(f"transposing by {semitones} semitones leaves the MIDI pitch range.")
         return moved
+
+    def crop_ids(self, ids: np.ndarray, start: int) -> np.ndarray:
+        """BOS and `ids[start:]`, `start` at a bar line, with the tempo and the current program stated again.
+
+        A sequence cut in the middle would otherwise not know its tempo, nor, with Program tokens on change only, which
+        instrument its first notes belong to. Under BPE the ids are cut as they are.
+        """
+        before, after = np.asarray(ids[:start]), np.asarray(ids[start:])
+        if not self.miditok.is_trained:
+            old, new = self._first_types[before], self._first_types[after]
+            position, pitch = (
+                np.flatnonzero(new == "Position")[:1],
+                np.flatnonzero(np.char.startswith(new, "Pitch"))[:1],
+            )
+            tempo, program = np.flatnonzero(old == "Tempo")[-1:], np.flatnonzero(old == "Program")[-1:]
+            if len(pitch) and len(program) and not (new[: pitch[0]] == "Program").any():
+                after = np.insert(after, pitch[0], before[program[0]])
+            if len(position) and len(tempo) and not (new[: position[0] + 2] == "Tempo").any():
+                after = np.insert(after, position[0] + 1, before[tempo[0]])
+        return np.concatenate([[self.bos_token_id], after])
 
     # ---- what a model config needs to know about the tokens
 

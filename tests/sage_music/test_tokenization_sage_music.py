@@ -198,3 +198,18 @@ def by_instrument(score: Score) -> dict:
             row = (note.pitch, note.time / score.ticks_per_quarter, note.duration / score.ticks_per_quarter)
             rows.setdefault((track.program * (not track.is_drum), track.is_drum), []).append(row)
     return {key: np.array(sorted(value)) for key, value in rows.items()}
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["every-note", "on-change"])
+def test_a_crop_states_tempo_and_program_again(changes):
+    tokenizer = SageMusicTokenizer(program_changes=changes)
+    score = Score(480)
+    score.tempos.append(Tempo(0, 77))
+    score.tracks.append(Track(program=40))
+    score.tracks[0].notes.extend([Note(480 * i, 480, 60, 80) for i in range(16)])
+    ids = np.array(tokenizer.midi_to_ids(score))
+    lines = np.flatnonzero(ids == tokenizer.get_vocab()["Bar_None"])
+    whole, crop = tokenizer.decode_midi(ids), tokenizer.decode_midi(tokenizer.crop_ids(ids, int(lines[2])))
+    assert notes_of(crop) == [(40, time - 2 * 192, pitch) for _, time, pitch in notes_of(whole) if time >= 2 * 192]
+    assert crop.tempos[0].qpm == whole.tempos[0].qpm
+    assert tokenizer.crop_ids(ids, int(lines[0])).tolist() == ids.tolist()  # nothing to state at the beginning
