@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
@@ -17,6 +18,9 @@ AutoConfig.register("sage_music", SageMusicConfig, exist_ok=True)
 AutoModel.register(SageMusicConfig, SageMusicModel, exist_ok=True)
 AutoModelForCausalLM.register(SageMusicConfig, SageMusicForCausalLM, exist_ok=True)
 AutoTokenizer.register(SageMusicConfig, SageMusicTokenizer, exist_ok=True)
+
+# Trainer's label smoothing shifts the labels of causal models it knows by name, and silently not those of others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sage_music"] = "SageMusicForCausalLM"
 
 __all__ = [
     "PRETRAINED",

@@ -369,6 +369,7 @@ class SageMusicPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SageMusicDecoderLayer"]  # noqa: RUF012 (class variables of the base class)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True  # "token" and the controls; "head" refuses it
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
@@ -549,6 +550,11 @@ class SageMusicModel(SageMusicPreTrainedModel):
             return
 
         sizes = self.config.query_heads_per_attribute
+        if implementation not in ("eager", "sdpa", "flex_attention"):
+            raise ValueError(
+                f"kv_routing='head' runs with attn_implementation 'sdpa', 'eager' or 'flex_attention', not "
+                f"{implementation!r}: its mask differs from head to head."
+            )
         group_of = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)], device=device)
         if implementation == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask

@@ -119,7 +119,9 @@ class SageMusicTokenizer(PreTrainedTokenizer):
 
     def _convert_token_to_id(self, token: str) -> int:
         if token not in self._token_ids:
-            raise ValueError(f"{token!r} is not in the vocabulary. Tokens look like 'Pitch_60' or 'Bar_None'.")
+            raise ValueError(
+                f"{token!r} is no token: tokens look like 'Pitch_60' or 'Bar_None'. For music, call midi_to_ids."
+            )
         return self._token_ids[token]
 
     def _convert_id_to_token(self, index: int) -> str:

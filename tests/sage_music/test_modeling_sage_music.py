@@ -194,3 +194,22 @@ def test_contradicting_configs_are_refused(tokenizer, change, message):
 def test_a_routed_model_without_an_attribute_map_is_refused():
     with pytest.raises(ValueError, match="config_fields"):
         SageMusicForCausalLM(SageMusicConfig(vocab_size=50))
+
+
+def test_flash_attention_is_refused_for_head_routing(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        model(prompts, use_cache=False)
+
+
+def test_label_smoothing_shifts_the_labels(tokenizer, prompts, tmp_path):
+    """Trainer smooths labels itself; a causal model it does not know would be trained to copy its input."""
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_model(tokenizer, initializer_range=0.1)
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, use_cpu=True, report_to=[])
+    trainer = Trainer(model=model, args=arguments)
+    with torch.no_grad():
+        smoothed = trainer.compute_loss(model, {"input_ids": prompts, "labels": prompts.clone()})
+        torch.testing.assert_close(smoothed, model(prompts, labels=prompts).loss, atol=1e-4, rtol=1e-4)

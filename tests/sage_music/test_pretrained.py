@@ -1,0 +1,57 @@
+"""The bundled checkpoint: small enough, loads, writes valid music faster than it plays, and knows music from noise."""
+
+import time
+
+import pytest
+import torch
+from conftest import band
+from test_generation_sage_music import assert_nothing_dropped
+
+from notekit.compose import continue_score, load
+from sage_music import PRETRAINED
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load()
+
+
+def test_it_is_small_and_complete():
+    files = {path.name: path.stat().st_size for path in PRETRAINED.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "miditok.json", "README.md"} <= set(files)
+    assert sum(files.values()) <= 24e6
+
+
+def test_two_hundred_samples_are_valid(loaded):
+    model, tokenizer = loaded
+    torch.manual_seed(0)
+    start = torch.full((100, 1), tokenizer.bos_token_id)
+    notes = 0
+    for _ in range(2):
+        for row in model.generate(start, do_sample=True, max_new_tokens=120, top_k=0).tolist():
+            assert_nothing_dropped(tokenizer, row)
+            notes += tokenizer.decode_midi(row).note_num()
+    assert notes > 200 * 15
+
+
+def test_sixteen_bars_come_faster_than_they_play(loaded):
+    begin = time.perf_counter()
+    piece = continue_score(*loaded, band(bars=4, seed=4), prompt_bars=4, bars=16, seed=0)
+    assert piece.bars == 16
+    assert time.perf_counter() - begin < piece.music_seconds
+
+
+def test_real_music_is_likelier_than_the_same_notes_shuffled(loaded):
+    """Four bars of a tune in harmony against the same pitches in another order."""
+    from pathlib import Path
+
+    model, tokenizer = loaded
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    for name in ("ode_to_joy", "greensleeves", "saints"):
+        ids = torch.tensor([tokenizer.midi_to_ids(examples / f"{name}.mid")])
+        pitch = torch.tensor([t.startswith("Pitch_") for t in tokenizer.convert_ids_to_tokens(ids[0].tolist())])
+        shuffled = ids.clone()
+        order = torch.randperm(int(pitch.sum()), generator=torch.Generator().manual_seed(0))
+        shuffled[0, pitch] = ids[0, pitch][order]
+        with torch.no_grad():
+            assert model(ids, labels=ids).loss < model(shuffled, labels=shuffled).loss - 0.1
