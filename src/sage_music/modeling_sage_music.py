@@ -33,8 +33,9 @@ from .generation_sage_music import MidiGrammarLogitsProcessor
 
 # Queries scored at a time in a prefill or training pass: a block reads only the rows stored up to its last token.
 QUERY_BLOCK = 512
-# Added to the scores of hidden rows; finite, so that a query with no visible row merges to nothing instead of NaN.
-HIDDEN = -1e9
+# Added to the scores of hidden rows. Finite, so that a query with no visible row merges to nothing instead of NaN, and
+# within float16.
+HIDDEN = -3e4
 
 
 class SageMusicRMSNorm(nn.Module):
@@ -124,10 +125,10 @@ class AttributePlan:
     def biases(self, dtype: torch.dtype, kv_heads: int) -> list[torch.Tensor]:
         """Per block the additive mask (B, A * h, T_block, rows); made once, in the dtype the layers compute in."""
         if dtype not in self._biases:
-            self._biases[dtype] = [
-                torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, HIDDEN).repeat_interleave(kv_heads, dim=1)
-                for _, _, visible, _ in self.blocks
-            ]
+            biases = [torch.zeros_like(v, dtype=dtype).masked_fill_(~v, HIDDEN) for _, _, v, _ in self.blocks]
+            if kv_heads > 1:
+                biases = [bias.repeat_interleave(kv_heads, dim=1) for bias in biases]
+            self._biases[dtype] = biases
         return self._biases[dtype]
 
 
@@ -221,9 +222,11 @@ class SageMusicAttention(nn.Module):
         batch, _, length, width = query.shape
         folded = self.fold.fold(query)  # (B, A * h, G, T, d): a group's heads share its keys
         groups = folded.shape[2]
-        mask = visible.repeat_interleave(self.num_key_value_heads, dim=1) if self.num_key_value_heads > 1 else visible
+        mask = visible
+        if self.num_key_value_heads > 1:
+            mask = mask.repeat_interleave(self.num_key_value_heads, dim=1)
         if length > 1:
-            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(*mask.shape[:2], groups * length, -1)
+            mask = mask.repeat(1, 1, groups, 1)
         output = F.scaled_dot_product_attention(
             folded.reshape(batch, -1, groups * length, width), key, value, attn_mask=mask, scale=self.scaling
         )
@@ -242,7 +245,8 @@ class SageMusicAttention(nn.Module):
         biases = plan.biases(query.dtype, self.num_key_value_heads)
         outputs = []
         for (part, rows, _, own), bias in zip(plan.blocks, biases, strict=True):
-            own = own.repeat_interleave(self.num_key_value_heads, dim=1)
+            if self.num_key_value_heads > 1:
+                own = own.repeat_interleave(self.num_key_value_heads, dim=1)
             states = (key[:, :, :rows], value[:, :, :rows], own_key[:, :, part], own_value[:, :, part])
             heads = [
                 CompactAttention.apply(folded[:, :, group, part], *states, own, bias, self.scaling)
@@ -267,7 +271,7 @@ def compact_attention(query, key, value, own_key, own_value, own, bias, scaling,
 
 
 class CompactAttention(torch.autograd.Function):
-    """`compact_attention` on the CPU's fused kernel, in memory linear in T.
+    """`compact_attention` on the CPU's fused kernel, which keeps no scores.
 
     The kernel attends the shared rows and returns the log-sum-exp of their scores; the token itself joins by
     `lse' = logaddexp(lse, own_score)`. The kernel's backward pass recomputes the weights as `exp(score - lse')` from

@@ -5,6 +5,7 @@ import torch
 from conftest import ROUTINGS, tiny_config, tiny_model
 
 from sage_music import SageMusicConfig, SageMusicForCausalLM
+from sage_music.modeling_sage_music import HIDDEN, CompactAttention, compact_attention
 
 
 def test_eager_equals_sdpa(model, prompts):
@@ -40,6 +41,27 @@ def test_fused_compact_attention_has_the_reference_gradients(tokenizer, routing)
         grads[implementation] = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, expected in grads["eager"].items():
         torch.testing.assert_close(grads["sdpa"][name], expected, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_fused_and_plain_compact_attention_agree():
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    inputs = [random(2, 6, 9, 8), random(2, 6, 5, 8), random(2, 6, 5, 8), random(2, 6, 9, 8), random(2, 6, 9, 8)]
+    own = torch.rand(2, 6, 9, generator=generator) < 0.5
+    visible = torch.rand(2, 6, 9, 5, generator=generator) < 0.6
+    visible[:, :, 0], own[:, :, 0] = False, True  # a query that reads nothing but itself
+    visible[..., 0] |= ~own
+    bias = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, HIDDEN)
+    outputs, grads = [], []
+    for attention in (CompactAttention.apply, compact_attention):
+        outputs.append(attention(*inputs, own, bias, 0.3))
+        grads.append(torch.autograd.grad(outputs[-1].square().sum(), inputs))
+    # The plain one takes its softmax in float32.
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
 def test_left_padding_changes_nothing(model, prompts):
