@@ -83,6 +83,8 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[SageMusicForCausa
         CheckpointError: no such checkpoint, a missing or misshapen tensor, or a config that contradicts itself.
     """
     name = os.fspath(checkpoint) if checkpoint is not None else str(PRETRAINED)
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise CheckpointError(f"{name}: no such folder.")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -91,11 +93,14 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[SageMusicForCausa
         if config.model_type != "sage_music":
             raise CheckpointError(f"{name}: a checkpoint of the model type {config.model_type!r}, not 'sage_music'.")
         tokenizer = SageMusicTokenizer.from_pretrained(name)
-        model, info = SageMusicForCausalLM.from_pretrained(name, config=config, output_loading_info=True)
+        # Misshapen tensors are let through here to be named below.
+        model, info = SageMusicForCausalLM.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except CheckpointError:
         raise
     except Exception as error:  # Transformers, safetensors and the Hub raise a dozen kinds; all mean the same here
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{name}: this checkpoint cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(level)
@@ -103,7 +108,9 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[SageMusicForCausa
             logging.enable_progress_bar()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
-            names = ", ".join(sorted(str(key) for key in info[kind])[:3])
+            names = ", ".join(
+                sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in info[kind])[:3]
+            )
             raise CheckpointError(f"{name}: the weights have {kind.replace('_', ' ')}: {names}.")
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(

@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             max_position_embeddings=args.context,
         )
         model = SageMusicForCausalLM(config)
+        model.generation_config.update(do_sample=True, top_p=0.97, top_k=0)
 
     splits = split_files(args.data, args.metadata, args.licences)
     pieces = {name: encode_files(files, tokenizer) for name, files in splits.items()}

@@ -18,7 +18,7 @@ def loaded():
 
 def test_it_is_small_and_complete():
     files = {path.name: path.stat().st_size for path in PRETRAINED.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "miditok.json", "README.md"} <= set(files)
+    assert {"config.json", "generation_config.json", "model.safetensors", "miditok.json"} <= set(files)
     assert sum(files.values()) <= 24e6
 
 

@@ -1,0 +1,184 @@
+"""Pieces by bars, from the bundled checkpoint: right length, prompt kept, seeds, long pieces, wrong input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import band, notes_of, tiny_model
+from safetensors.torch import load_file, save_file
+from symusic import ControlChange, Note, Score, Tempo, Track
+
+from notekit.compose import CheckpointError, continue_score, generate_piece, load
+from notekit.midi import InvalidMidiError, bar_ticks
+from sage_music import PRETRAINED
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load()
+
+
+def bars_in(score: Score) -> np.ndarray:
+    """Bar index of every note."""
+    lines = bar_ticks(score)
+    return np.array([np.searchsorted(lines, n.time, side="right") - 1 for t in score.tracks for n in t.notes])
+
+
+def test_a_continuation_keeps_the_prompt_and_stops_at_the_bar(loaded):
+    prompt = band(bars=8, seed=1, qpm=101)
+    piece = continue_score(*loaded, prompt, prompt_bars=4, bars=3, seed=0)
+    assert (piece.prompt_bars, piece.bars) == (4, 3)
+    end = 4 * 4 * 48
+    assert [n for n in notes_of(piece.score) if n[1] < end] == [n for n in notes_of(prompt) if n[1] < end]
+    bars = bars_in(piece.score)
+    assert bars.max() <= 6 and (bars >= 4).sum() == piece.notes > 0
+    assert abs(piece.score.tempos[0].qpm - 101) < 0.01  # exact, not the token's nearest tempo
+    assert piece.prompt_end_s == pytest.approx(16 * 60 / 101, abs=0.01)
+
+
+def test_the_same_seed_gives_the_same_piece(loaded):
+    pieces = [generate_piece(*loaded, bars=2, seed=seed) for seed in (7, 7, 8)]
+    assert pieces[0].ids == pieces[1].ids != pieces[2].ids
+
+
+def test_tempo_programs_and_meter_are_held(loaded):
+    piece = generate_piece(*loaded, bars=4, seed=1, tempo=133, programs=[0, 33, -1], time_signature="3/4")
+    assert [round(tempo.qpm, 3) for tempo in piece.score.tempos] == [133]
+    assert {p for p, _, _ in notes_of(piece.score)} <= {0, 33, -1}
+    assert (piece.score.time_signatures[0].numerator, piece.score.time_signatures[0].denominator) == (3, 4)
+
+
+def test_a_piece_longer_than_the_context_goes_on(loaded):
+    model, tokenizer = loaded
+    context = model.config.max_position_embeddings
+    model.config.max_position_embeddings = 512
+    try:
+        piece = continue_score(model, tokenizer, band(bars=4, seed=2), prompt_bars=4, bars=24, seed=0)
+    finally:
+        model.config.max_position_embeddings = context
+    assert piece.bars == 24 and len(piece.ids) > 512
+
+
+def test_a_long_piece_keeps_its_only_instrument(loaded):
+    """Program tokens on change: a window cut from a solo must still know the instrument named once, long before."""
+    model, tokenizer = loaded
+    score = Score(480)
+    score.tracks.append(Track(program=73))
+    score.tracks[0].notes.extend([Note(240 * i, 240, 72 + i % 7, 80) for i in range(8 * 60)])
+    piece = continue_score(model, tokenizer, score, prompt_bars=60, bars=2, seed=0, programs=[73])
+    assert {program for program, _, _ in notes_of(piece.score)} == {73}
+    assert any("longer than the context" in remark for remark in piece.remarks)
+    assert piece.prompt_bars == 60 and piece.bars == 2
+
+
+def test_one_overfull_bar_is_refused(loaded):
+    score = Score(480)
+    for program in range(0, 120, 3):
+        score.tracks.append(Track(program=program))
+        score.tracks[-1].notes.extend([Note(40 * i, 40, 60 + i % 12, 80) for i in range(48)])
+    with pytest.raises(ValueError, match="single bar"):
+        continue_score(*loaded, score, prompt_bars=4, bars=1)
+
+
+def test_progress_counts_bars_and_notes(loaded):
+    calls = []
+    piece = generate_piece(*loaded, bars=3, seed=2, progress=lambda bars, notes: calls.append((bars, notes)))
+    assert [bars for bars, _ in calls][-1] == 3
+    assert calls == sorted(calls) and calls[-1][1] == piece.notes
+
+
+def test_what_tokens_cannot_hold_is_said(loaded):
+    prompt = band(bars=4)
+    prompt.tracks[0].controls.append(ControlChange(0, 7, 90))
+    prompt.tracks.append(Track(program=0))
+    prompt.tracks[-1].notes.append(Note(0, 480, 50, 80))
+    remarks = " ".join(continue_score(*loaded, prompt, bars=1, seed=0).remarks)
+    assert "1 controller events" in remarks and "merged" in remarks
+
+
+def test_three_hundred_tracks_are_a_prompt(loaded):
+    score = Score(480)
+    for index in range(300):
+        score.tracks.append(Track(program=index % 128))
+        if index % 10 == 0:
+            score.tracks[-1].notes.append(Note(480 * (index % 16), 480, 60, 80))
+    piece = continue_score(*loaded, score.dumps_midi(), prompt_bars=4, bars=1, seed=0)
+    assert piece.score.note_num() - piece.notes == 30
+
+
+def test_a_two_hour_file_is_a_prompt_like_any_other(loaded):
+    score = Score(480)
+    score.tempos.append(Tempo(0, 120))
+    score.tracks.append(Track(program=0))
+    score.tracks[0].notes.extend([Note(480 * i, 480, 60 + i % 24, 80) for i in range(14400)])
+    assert score.to("second").end() == pytest.approx(7200, abs=1)
+    assert continue_score(*loaded, score.dumps_midi(), prompt_bars=4, bars=1, seed=0).bars == 1
+
+
+def test_an_unreadable_prompt_is_named(loaded, tmp_path):
+    (tmp_path / "x.mid").write_bytes(b"no")
+    with pytest.raises(InvalidMidiError, match=r"x\.mid"):
+        continue_score(*loaded, tmp_path / "x.mid")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bars": 0}, {"temperature": -1}, {"top_p": 0}, {"programs": [200]}, {"tempo": 5}, {"time_signature": "4"}],
+    ids=str,
+)
+def test_options_out_of_range_are_named(loaded, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        generate_piece(*loaded, **{"bars": 1, **options})
+
+
+def broken(folder, change) -> str:
+    """The bundled checkpoint with its tensors changed."""
+    shutil.copytree(PRETRAINED, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing"),
+        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}), "model.norm.weight"),
+        (lambda t: t.update({"extra.weight": t["model.norm.weight"].clone()}), "unexpected"),
+    ],
+    ids=["missing", "misshapen", "unexpected"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, word):
+    folder = broken(tmp_path / "checkpoint", change)
+    with pytest.raises(CheckpointError, match=word) as caught:
+        load(folder)
+    assert folder in str(caught.value)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(PRETRAINED, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load(folder)
+
+
+def test_a_checkpoint_with_a_foreign_attribute_map_is_refused(tmp_path, tokenizer):
+    tiny_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["token_attribute_ids"] = config["token_attribute_ids"][:-5]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="token_attribute_ids"):
+        load(tmp_path)
+
+
+def test_no_checkpoint_and_another_model_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="absent"):
+        load(tmp_path / "absent")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="llama"):
+        load(tmp_path)
