@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("continue", run_continue, "Continue the first bars of a MIDI file.")
     sub.add_argument("prompt", type=Path, metavar="PROMPT.mid")
     sub.add_argument("--prompt-bars", type=positive_int, default=4, help="bars to keep (default: %(default)s)")
+    sub.add_argument("--free", action="store_true", help="allow instruments, meters, tempos the prompt has not")
     with_sampling(sub)
 
     sub = command("render", run_render, "Write the sound (.wav) and picture (.png) of a MIDI file.")
@@ -101,7 +102,7 @@ def run_continue(args) -> dict:
     score = read_score(args.prompt)  # before the model loads: a wrong file should not have to wait
 
     def write(model, tokenizer, **options):
-        return continue_score(model, tokenizer, score, prompt_bars=args.prompt_bars, **options)
+        return continue_score(model, tokenizer, score, prompt_bars=args.prompt_bars, free=args.free, **options)
 
     return _compose(args, write, "continuation")
 

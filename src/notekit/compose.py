@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from symusic import Score, Tempo
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -23,6 +23,7 @@ from sage_music import (
     PRETRAINED,
     BarCountCriteria,
     MinBarsLogitsProcessor,
+    NoDoubledNotesLogitsProcessor,
     SageMusicConfig,
     SageMusicForCausalLM,
     SageMusicTokenizer,
@@ -125,13 +126,17 @@ def continue_score(
     prompt: "str | os.PathLike | bytes | Score",
     prompt_bars: int = 4,
     bars: int = 16,
+    free: bool = False,
+    programs: list[int] | None = None,
     **options,
 ) -> Piece:
     """Continue the first `prompt_bars` bars of a MIDI file by `bars` bars.
 
     Args:
         prompt: path, bytes or score.
-        options: `temperature`, `top_p`, `seed`, `programs`, `progress`, as for `generate_piece`.
+        free: let the model bring in instruments, meters and tempos that the prompt does not have.
+        programs: the only General MIDI programs to use (-1: drums), instead of the prompt's.
+        options: `temperature`, `top_p`, `seed`, `progress`, as for `generate_piece`.
 
     Raises:
         InvalidMidiError: the prompt cannot be read.
@@ -147,9 +152,15 @@ def continue_score(
     present = int(counter.count(torch.tensor([ids])))
     if present < prompt_bars:
         remarks.append(f"the prompt has {present} bars, not {prompt_bars}: all of it is used")
+    tokens = set(tokenizer.base_tokens(ids))
+    allowed = {} if free else {kind: {t for t in tokens if t.startswith(kind)} for kind in ("Program", "TimeSig")}
+    if not free:
+        allowed["Tempo"] = set()
+    if programs is not None:
+        allowed["Program"] = _program_tokens(programs)
     # The prompt's last bar is complete: what follows is a bar line.
     ids.append(tokenizer.convert_tokens_to_ids("Bar_None"))
-    piece = _extend(model, tokenizer, ids, present, bars, remarks, **options)
+    piece = _extend(model, tokenizer, ids, present, bars, remarks, allowed, **options)
     _restore_tempos(piece.score, score, present)
     return piece
 
@@ -160,6 +171,7 @@ def generate_piece(
     bars: int = 16,
     tempo: float | None = None,
     time_signature: str | None = None,
+    programs: list[int] | None = None,
     **options,
 ) -> Piece:
     """A piece from nothing.
@@ -167,30 +179,30 @@ def generate_piece(
     Args:
         bars: length in bars.
         tempo: quarter notes per minute, held throughout; the model's choice by default.
-        time_signature: such as "4/4", for the first bar; the model's choice by default (4/4 with a tempo).
+        time_signature: such as "4/4", held throughout; the model's choice by default (4/4 to begin with a tempo).
+        programs: the only General MIDI programs to use (-1: drums).
         temperature, top_p: sampling; `temperature=0` takes the likeliest token.
         seed: same seed, same piece.
-        programs: the only General MIDI programs to use (-1: drums).
         progress: called as `progress(bars_done, notes)` after every bar.
 
     Raises:
         ValueError: an option outside its range, naming it.
     """
     ids = [tokenizer.bos_token_id]
-    if tempo is not None or time_signature is not None:
-        meter = f"TimeSig_{time_signature or '4/4'}"
-        if meter not in tokenizer.get_vocab():
-            raise ValueError(f"time_signature {time_signature!r} has no token; 4/4, 3/4, 6/8 are examples that have.")
-        ids += tokenizer.convert_tokens_to_ids(["Bar_None", meter])
-    suppress = []
+    allowed = {} if programs is None else {"Program": _program_tokens(programs)}
+    meter = f"TimeSig_{time_signature or '4/4'}"
+    if meter not in tokenizer.get_vocab():
+        raise ValueError(f"time_signature {time_signature!r} has no token; 4/4, 3/4, 6/8 are examples that have.")
+    if time_signature is not None:
+        allowed["TimeSig"] = {meter}
     if tempo is not None:
         low, high = tokenizer.miditok.config.tempo_range
         if not low <= tempo <= high:
             raise ValueError(f"tempo {tempo:g} is outside {low}-{high} quarter notes per minute.")
         nearest = min(tokenizer.miditok.tempos, key=lambda known: abs(known - tempo))
-        ids += tokenizer.convert_tokens_to_ids(["Position_0", f"Tempo_{nearest}"])
-        suppress = ["Tempo"]
-    piece = _extend(model, tokenizer, ids, 0, bars, [], suppress=suppress, **options)
+        ids += tokenizer.convert_tokens_to_ids(["Bar_None", meter, "Position_0", f"Tempo_{nearest}"])
+        allowed["Tempo"] = set()
+    piece = _extend(model, tokenizer, ids, 0, bars, [], allowed, **options)
     if tempo is not None:
         piece.score.tempos = type(piece.score.tempos)([Tempo(0, tempo)])
     return piece
@@ -203,18 +215,17 @@ def _extend(
     prompt_bars: int,
     bars: int,
     remarks: list[str],
+    allowed: dict[str, set[str]],
     temperature: float = TEMPERATURE,
     top_p: float = TOP_P,
     seed: int | None = None,
-    programs: list[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    suppress: list[str] = (),
 ) -> Piece:
     if bars < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"bars {bars} must be positive, temperature {temperature} not negative, top_p {top_p} in 0..1."
         )
-    forbidden = _forbidden(tokenizer, programs, suppress)
+    forbidden = _forbidden(tokenizer, allowed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     if temperature == 0:
         sampling = {"do_sample": False}
@@ -237,7 +248,13 @@ def _extend(
                 attention_mask=torch.ones(1, len(window.ids), dtype=torch.long, device=model.device),
                 max_new_tokens=model.config.max_position_embeddings - len(window.ids),
                 stopping_criteria=StoppingCriteriaList([BarCountCriteria(model.config, goal)]),
-                logits_processor=LogitsProcessorList([MinBarsLogitsProcessor(model.config, goal)]),
+                logits_processor=LogitsProcessorList(
+                    [
+                        MinBarsLogitsProcessor(model.config, goal),
+                        NoDoubledNotesLogitsProcessor(model.config),
+                        _LeaveProgram(model.config, forbidden),
+                    ]
+                ),
                 suppress_tokens=forbidden or None,
                 streamer=streamer,
                 **sampling,
@@ -305,18 +322,37 @@ class _Progress(BaseStreamer):
         pass
 
 
-def _forbidden(tokenizer, programs: list[int] | None, suppress) -> list[int]:
-    if programs is not None:
-        wrong = [program for program in programs if not -1 <= program <= 127]
-        if wrong or not programs:
-            raise ValueError(f"programs are 0-127, or -1 for drums; got {wrong or 'none'}.")
-    allowed = None if programs is None else {f"Program_{program}" for program in programs}
-    forbidden = []
-    for index, tokens in enumerate(tokenizer.base_tokens([i]) for i in range(tokenizer.vocab_size)):
-        other = allowed is not None and any(t.startswith("Program_") and t not in allowed for t in tokens)
-        if other or any(token.split("_")[0] in suppress for token in tokens):
-            forbidden.append(index)
-    return forbidden
+class _LeaveProgram(LogitsProcessor):
+    """No note until the sequence has left a program that must not be used (Program tokens on change only)."""
+
+    def __init__(self, config, forbidden: list[int]):
+        changes = np.array(config.grammar["drum_after"]) != -2
+        self.programs = set(np.flatnonzero(changes).tolist()) - {config.bos_token_id}
+        self.forbidden = self.programs & set(forbidden)
+        self.notes = torch.tensor(config.grammar["drum_needed"]) >= 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        current = next((token for token in reversed(input_ids[0].tolist()) if token in self.programs), None)
+        if current in self.forbidden:
+            scores = scores.masked_fill(self.notes.to(scores.device), -torch.inf)
+        return scores
+
+
+def _program_tokens(programs: list[int]) -> set[str]:
+    wrong = [program for program in programs if not -1 <= program <= 127]
+    if wrong or not programs:
+        raise ValueError(f"programs are 0-127, or -1 for drums; got {wrong or 'none'}.")
+    return {f"Program_{program}" for program in programs}
+
+
+def _forbidden(tokenizer, allowed: dict[str, set[str]]) -> list[int]:
+    """Ids with a base token of one of the kinds in `allowed` that is not among the allowed ones."""
+
+    def wrong(token: str) -> bool:
+        kind = token.split("_")[0]
+        return kind in allowed and token not in allowed[kind]
+
+    return [i for i in range(tokenizer.vocab_size) if any(map(wrong, tokenizer.base_tokens([i])))]
 
 
 def _unheard(score: Score) -> list[str]:

@@ -7,7 +7,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
-from .generation_sage_music import BarCountCriteria, MidiGrammarLogitsProcessor, MinBarsLogitsProcessor
+from .generation_sage_music import (
+    BarCountCriteria,
+    MidiGrammarLogitsProcessor,
+    MinBarsLogitsProcessor,
+    NoDoubledNotesLogitsProcessor,
+)
 from .modeling_sage_music import SageMusicForCausalLM, SageMusicModel, SageMusicPreTrainedModel
 from .tokenization_sage_music import SageMusicTokenizer
 
@@ -27,6 +32,7 @@ __all__ = [
     "BarCountCriteria",
     "MidiGrammarLogitsProcessor",
     "MinBarsLogitsProcessor",
+    "NoDoubledNotesLogitsProcessor",
     "SageMusicCache",
     "SageMusicConfig",
     "SageMusicForCausalLM",

@@ -104,4 +104,52 @@ class MinBarsLogitsProcessor(LogitsProcessor):
         return scores
 
 
-__all__ = ["BarCountCriteria", "MidiGrammarLogitsProcessor", "MinBarsLogitsProcessor"]
+class NoDoubledNotesLogitsProcessor(LogitsProcessor):
+    """Forbids a pitch that the current program already starts at the current position.
+
+    A MIDI channel has one key per pitch: the first note-off would end both notes. Merged (BPE) tokens that begin with
+    another token are not looked into.
+    """
+
+    def __init__(self, config):
+        grammar = config.grammar
+        kinds = [grammar["types"].index(name) for name in ("Bar", "Position", "Program", "Pitch", "PitchDrum")]
+        self.first_type = grammar["first_type"]
+        self.bar, self.position, self.program, *self.pitches = kinds
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        for row, ids in enumerate(input_ids.tolist()):
+            program, notes, seen = None, [], []
+            for token in reversed(ids):  # back to the position's beginning; the latest Program is the current one
+                kind = self.first_type[token]
+                if kind in (self.bar, self.position):
+                    break
+                if kind in self.pitches:
+                    notes.append(token)
+                elif kind == self.program:
+                    program = token if program is None else program
+                    seen += notes if token == program else []
+                    notes = []
+            # Notes before the position's first Program belong to the program it took over.
+            seen += notes if program is None or self._program_before(ids, program) else []
+            scores[row, seen] = -torch.inf
+        return scores
+
+    def _program_before(self, ids: list[int], program: int) -> bool:
+        """Whether the position began under `program`, named before it."""
+        started = False
+        for token in reversed(ids):
+            kind = self.first_type[token]
+            started = started or kind in (self.bar, self.position)
+            if started and kind == self.program:
+                return token == program
+        return False
+
+
+__all__ = [
+    "BarCountCriteria",
+    "MidiGrammarLogitsProcessor",
+    "MinBarsLogitsProcessor",
+    "NoDoubledNotesLogitsProcessor",
+]

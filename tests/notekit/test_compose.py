@@ -37,6 +37,24 @@ def test_a_continuation_keeps_the_prompt_and_stops_at_the_bar(loaded):
     assert piece.prompt_end_s == pytest.approx(16 * 60 / 101, abs=0.01)
 
 
+def test_a_continuation_keeps_instruments_meter_and_tempo_unless_free(loaded):
+    prompt = band(bars=4, seed=3)
+    kept = continue_score(*loaded, prompt, bars=6, seed=1)
+    assert {program for program, _, _ in notes_of(kept.score)} <= {0, 33, -1}
+    assert len(kept.score.time_signatures) == len(kept.score.tempos) == 1
+    strings = continue_score(*loaded, prompt, bars=2, seed=1, programs=[48])
+    lines = bar_ticks(strings.score)
+    assert {t.program for t in strings.score.tracks for n in t.notes if n.time >= lines[4]} == {48}
+    free = continue_score(*loaded, prompt, bars=6, seed=1, temperature=1.5, top_p=1.0, free=True)
+    assert {program for program, _, _ in notes_of(free.score)} - {0, 33, -1}
+
+
+def test_no_note_is_doubled(loaded):
+    piece = generate_piece(*loaded, bars=6, seed=3, temperature=1.3, top_p=1.0)
+    notes = notes_of(piece.score)
+    assert len(notes) == len(set(notes)) > 20
+
+
 def test_the_same_seed_gives_the_same_piece(loaded):
     pieces = [generate_piece(*loaded, bars=2, seed=seed) for seed in (7, 7, 8)]
     assert pieces[0].ids == pieces[1].ids != pieces[2].ids

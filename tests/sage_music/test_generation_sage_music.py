@@ -7,7 +7,12 @@ import pytest
 import torch
 from conftest import band, tiny_model
 
-from sage_music import BarCountCriteria, MidiGrammarLogitsProcessor, MinBarsLogitsProcessor
+from sage_music import (
+    BarCountCriteria,
+    MidiGrammarLogitsProcessor,
+    MinBarsLogitsProcessor,
+    NoDoubledNotesLogitsProcessor,
+)
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 
@@ -219,6 +224,28 @@ def test_bar_count_stops_each_row_and_min_bars_holds_off_the_end(tokenizer):
         row = [token for token in row if token != 0]
         assert stop.count(torch.tensor([row])).item() == 4
         assert row[-1] == tokenizer.get_vocab()["Bar_None"]
+
+
+@pytest.mark.parametrize(
+    ("text", "doubled"),
+    [
+        ("Position_0 Program_0 Pitch_60 Velocity_79 Duration_1.0.12 Pitch_64 Velocity_79 Duration_1.0.12", {60, 64}),
+        ("Position_0 Program_0 Pitch_60 Velocity_79 Duration_1.0.12 Program_5", set()),
+        (
+            "Program_0 Pitch_60 Velocity_79 Duration_1.0.12 Program_5 Pitch_61 Velocity_79 Duration_1.0.12 Program_0",
+            {60},
+        ),
+        ("Program_0 Position_0 Pitch_60 Velocity_79 Duration_1.0.12 Position_6", set()),
+        ("Program_0 Position_0 Pitch_60 Velocity_79 Duration_1.0.12 Program_5 Pitch_62 Velocity_79 Program_0", {60}),
+        ("Program_5 Position_0 Pitch_60 Velocity_79 Duration_1.0.12 Program_0 Pitch_62", {62}),
+    ],
+)
+def test_a_pitch_that_sounds_is_not_struck_again(tokenizer, text, doubled):
+    processor = NoDoubledNotesLogitsProcessor(tiny_model(tokenizer).config)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    scores = processor(ids, torch.zeros(1, tokenizer.vocab_size))
+    forbidden = tokenizer.convert_ids_to_tokens(torch.isinf(scores[0]).nonzero().flatten().tolist())
+    assert {int(token.split("_")[1]) for token in forbidden} == doubled
 
 
 def test_a_grammar_for_another_vocabulary_is_refused(tokenizer):
