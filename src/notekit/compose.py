@@ -153,9 +153,10 @@ def continue_score(
     if present < prompt_bars:
         remarks.append(f"the prompt has {present} bars, not {prompt_bars}: all of it is used")
     tokens = set(tokenizer.base_tokens(ids))
-    allowed = {} if free else {kind: {t for t in tokens if t.startswith(kind)} for kind in ("Program", "TimeSig")}
+    allowed = {}
     if not free:
-        allowed["Tempo"] = set()
+        found = {kind: {t for t in tokens if t.startswith(kind)} for kind in ("Program", "TimeSig")}
+        allowed = {kind: texts for kind, texts in found.items() if texts} | {"Tempo": set()}
     if programs is not None:
         allowed["Program"] = _program_tokens(programs)
     # The prompt's last bar is complete: what follows is a bar line.
@@ -377,9 +378,10 @@ def _restore_tempos(score: Score, source: Score, prompt_bars: int) -> None:
     end = bar_ticks(score, prompt_bars + 1)[prompt_bars]
     scale = score.ticks_per_quarter / source.ticks_per_quarter
     exact = [Tempo(round(t.time * scale), t.qpm) for t in source.tempos if t.time * scale < end and t.mspq > 0]
-    if exact:
-        later = [Tempo(t.time, t.qpm) for t in score.tempos if t.time >= end]
-        score.tempos = type(score.tempos)(exact + later)
+    if not exact or exact[0].time > 0:
+        exact.insert(0, Tempo(0, 120))  # what a MIDI file without a tempo means
+    later = [Tempo(t.time, t.qpm) for t in score.tempos if t.time >= end]
+    score.tempos = type(score.tempos)(exact + later)
 
 
 def describe(score: Score) -> list[str]:

@@ -49,6 +49,15 @@ def test_a_continuation_keeps_instruments_meter_and_tempo_unless_free(loaded):
     assert {program for program, _, _ in notes_of(free.score)} - {0, 33, -1}
 
 
+def test_a_silent_prompt_without_a_tempo(loaded):
+    """Four empty bars before the music, no tempo in the file: nothing to keep, nothing to trip over."""
+    score = Score(480)
+    score.tracks.append(Track(program=24))
+    score.tracks[0].notes.append(Note(8 * 1920, 480, 60, 80))
+    piece = continue_score(*loaded, score, bars=2, seed=0)
+    assert piece.bars == 2 and piece.score.tempos[0].qpm == 120
+
+
 def test_no_note_is_doubled(loaded):
     piece = generate_piece(*loaded, bars=6, seed=3, temperature=1.3, top_p=1.0)
     notes = notes_of(piece.score)
