@@ -27,24 +27,23 @@ from sage_music.data import BlockDataset, WindowDataset, encode_files, midi_file
 
 
 def split_files(folders: list[str], metadata: str | None, licences: list[str] | None) -> dict[str, list[Path]]:
-    """Training and validation files of all folders; `metadata` (columns `path`, `licence`) keeps some licences only."""
+    """Files of all folders by split; `metadata` (columns `path`, `licence`) keeps some licences only."""
     allowed = None
     if metadata is not None:
         with open(metadata, newline="", encoding="utf-8") as file:
             root = Path(metadata).parent
             allowed = {(root / row["path"]).resolve() for row in csv.DictReader(file) if row["licence"] in licences}
-    splits: dict[str, list[Path]] = {"train": [], "validation": []}
+    splits: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
     for folder in folders:
         for path in midi_files(folder):
             if allowed is not None and path.resolve() not in allowed:
                 continue
             parts = path.relative_to(folder).parts
-            if parts[0] in ("train", "validation", "test"):
+            if parts[0] in splits:
                 name = parts[0]
             else:
                 name = "validation" if hashlib.sha1(path.name.encode()).digest()[0] % 10 == 0 else "train"
-            if name != "test":
-                splits[name].append(path)
+            splits[name].append(path)
     return splits
 
 
@@ -82,12 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, default=1024, help="tokens in a training block")
     add("--batch-size", type=int, default=8, help="blocks in a step")
     add("--transpose", type=int, default=6, help="largest random transposition, in semitones")
-    add("--steps", type=int, default=2000)
+    add("--steps", type=int, default=2000, help="0 only evaluates")
     add("--learning-rate", type=float, default=2e-3)
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--decay", type=float, default=0.25, help="share of the steps over which the rate falls to zero")
     add("--eval-every", type=int, default=250, help="steps between evaluations and checkpoints")
-    add("--eval-pieces", type=int, default=60, help="validation pieces used, whole")
+    add("--eval-pieces", type=int, default=60, help="pieces to evaluate on, whole (0: all)")
+    add("--eval-split", choices=("validation", "test"), default="validation")
     add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--seed", type=int, default=0)
     return parser
@@ -123,16 +123,17 @@ def main(argv: list[str] | None = None) -> int:
         model.generation_config.update(do_sample=True, top_p=0.97, top_k=0)
 
     splits = split_files(args.data, args.metadata, args.licences)
-    pieces = {name: encode_files(files, tokenizer) for name, files in splits.items()}
+    used = ([] if args.steps == 0 else ["train"]) + [args.eval_split]
+    pieces = {name: encode_files(splits[name], tokenizer) for name in used}
     print({name: (len(p), sum(map(len, p))) for name, p in pieces.items()}, "files, tokens", file=sys.stderr)
-    train = BlockDataset(pieces["train"], tokenizer, args.block_size, args.transpose)
+    train = BlockDataset(pieces["train"], tokenizer, args.block_size, args.transpose) if args.steps else None
     # Whole pieces in an order that mixes the sources, and the same ones for every run and tokenization.
-    order = np.random.default_rng(0).permutation(len(pieces["validation"]))
-    validation = WindowDataset([pieces["validation"][i] for i in order[: args.eval_pieces]], tokenizer, args.block_size)
+    order = np.random.default_rng(0).permutation(len(pieces[args.eval_split]))[: args.eval_pieces or None]
+    evaluation = WindowDataset([pieces[args.eval_split][i] for i in order], tokenizer, args.block_size)
 
     def metrics(prediction) -> dict[str, float]:
         total = float(prediction.predictions.sum())
-        return {"nats_per_note": total / validation.num_notes, "nats_per_token": total / validation.num_tokens}
+        return {"nats_per_note": total / evaluation.num_notes, "nats_per_token": total / evaluation.num_tokens}
 
     trainer = Trainer(
         model=model,
@@ -164,18 +165,21 @@ def main(argv: list[str] | None = None) -> int:
             disable_tqdm=not sys.stderr.isatty(),
         ),
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=evaluation,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=sum_of_nats,
     )
-    resume = any(Path(args.out).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=resume)
     best = Path(args.out) / "best"
-    model.config.use_cache = True  # Trainer turned it off for training
-    trainer.save_model(best)
+    if args.steps:
+        resume = any(Path(args.out).glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=resume)
+        model.config.use_cache = True  # Trainer turned it off for training
+        trainer.save_model(best)
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(best)
     report = {**trainer.evaluate(), "parameters": model.num_parameters(), "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(best)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "report.json").write_text(json.dumps({**vars(args), **report}, indent=1) + "\n")
         print(json.dumps(report, indent=1))
     return 0

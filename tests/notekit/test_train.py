@@ -36,6 +36,9 @@ def test_it_learns_resumes_and_plays(folder, tmp_path, capsys):
     history = json.loads((out / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "eval_nats_per_note" in row] == [10, 20, 30]  # it went on, not anew
     assert second["eval_nats_per_note"] < first["eval_nats_per_note"] - 1
+    assert main([*command[:3], str(tmp_path / "again"), "--init-from", str(out / "best"), "--steps", "0", *SMALL]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["eval_nats_per_note"] == pytest.approx(second["eval_nats_per_note"], rel=1e-4)
     model, tokenizer = load(out / "best")
     assert model.config.use_cache
     assert generate_piece(model, tokenizer, bars=2, seed=0).bars == 2
@@ -45,7 +48,7 @@ def test_a_folder_without_splits_is_split_by_name(tmp_path):
     for index in range(60):
         (tmp_path / f"{index}.mid").write_bytes(b"")
     splits = split_files([str(tmp_path)], None, None)
-    assert len(splits["train"]) + len(splits["validation"]) == 60
+    assert len(splits["train"]) + len(splits["validation"]) == 60 and not splits["test"]
     assert 1 <= len(splits["validation"]) <= 15
     assert splits == split_files([str(tmp_path)], None, None)
 
