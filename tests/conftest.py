@@ -58,7 +58,8 @@ def notes_of(score: Score) -> list[tuple]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> SageMusicTokenizer:
-    return SageMusicTokenizer()
+    """Program on every note, so that short token texts in tests are whole; the default is tested beside it."""
+    return SageMusicTokenizer(program_changes=False)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +70,7 @@ def bpe_tokenizer(tmp_path_factory) -> SageMusicTokenizer:
     for seed in range(12):
         files.append(folder / f"{seed}.mid")
         band(seed=seed).dump_midi(files[-1])
-    plain = SageMusicTokenizer()
+    plain = SageMusicTokenizer(program_changes=False)
     plain.miditok.train(vocab_size=1200, files_paths=files)
     plain.miditok.save(folder / "miditok.json")
     return SageMusicTokenizer(vocab_file=str(folder / "miditok.json"))

@@ -41,7 +41,8 @@ def music_like_ids(tokenizer: SageMusicTokenizer, length: int) -> torch.Tensor:
     """(1, length) ids in the proportions of music: `Bar TimeSig` and 16 positions of one note each, over and over."""
     bar = ["Bar_None", "TimeSig_4/4"]
     for step in range(16):
-        bar += [f"Position_{3 * step}", "Program_0", f"Pitch_{48 + step}", "Velocity_79", "Duration_1.0.12"]
+        named = step % 4 == 0 or not tokenizer.miditok.config.program_changes
+        bar += [f"Position_{3 * step}", *["Program_0"] * named, f"Pitch_{48 + step}", "Velocity_79", "Duration_1.0.12"]
     vocabulary = tokenizer.get_vocab()
     by_type: dict[str, int] = {}
     for token, index in vocabulary.items():

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Trainer, TrainingArguments, set_seed
 
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="folder of a saved SageMusicTokenizer (default: a new one from the options below)")
     add("--beat-resolution", type=int, default=12)
     add("--num-velocities", type=int, default=32)
-    add("--program-changes", action="store_true", help="Program tokens on change instead of on every note")
+    add("--program-every-note", action="store_true", help="Program tokens on every note instead of on change")
     add("--kv-routing", choices=("head", "token", "none"), default="head")
     add("--num-key-value-heads", type=int, default=1)
     add("--hidden-size", type=int, default=320)
@@ -94,8 +95,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; an interrupted run goes on from its last checkpoint when called again. Returns an exit code."""
+    """Run the command; an interrupted run goes on from its last checkpoint when called again.
+
+    Returns the exit code: 0, or 2 where an argument, the data or a checkpoint is wrong.
+    """
     args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(args.seed)
     if args.init_from or args.tokenizer:
@@ -104,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = SageMusicTokenizer(
             beat_resolution=args.beat_resolution,
             num_velocities=args.num_velocities,
-            program_changes=args.program_changes,
+            program_changes=not args.program_every_note,
         )
     if args.init_from:
         model = SageMusicForCausalLM.from_pretrained(args.init_from)

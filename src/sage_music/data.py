@@ -26,15 +26,15 @@ def midi_files(folder: str | Path) -> list[Path]:
 
 
 def encode_files(files: Iterable[str | Path], tokenizer: SageMusicTokenizer) -> list[np.ndarray]:
-    """Token ids `(T,)` uint16 of each file, `BOS ... EOS`; a file that cannot be read is warned about and left out."""
-    pieces = []
+    """Token ids `(T,)` of each file, `BOS ... EOS`; a file that cannot be read is warned about and left out."""
+    pieces, dtype = [], np.min_scalar_type(tokenizer.vocab_size)
     for path in files:
         try:
             ids = tokenizer.midi_to_ids(path)
         except ValueError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
-        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16))
+        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=dtype))
     return pieces
 
 

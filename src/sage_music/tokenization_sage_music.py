@@ -37,7 +37,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         beat_resolution: onset grid, in positions per beat; a beat is a quarter note, or the denominator of x/8, x/16.
         num_velocities: velocity bins over 0-127.
         num_tempos: tempo bins, logarithmic over 30-240 quarter notes per minute.
-        program_changes: `False` writes a Program token before every note, `True` only where the program changes.
+        program_changes: write a Program token only where the program changes, not before every note.
         track_programs: programs (0-127) for tracks of these names (upper case) in files whose note-bearing melodic
             tracks share one program, which one token stream would otherwise merge. The default covers POP909.
 
@@ -59,7 +59,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         beat_resolution: int = 12,
         num_velocities: int = 32,
         num_tempos: int = 64,
-        program_changes: bool = False,
+        program_changes: bool = True,
         track_programs: dict[str, int] | None = None,
         **kwargs,
     ):

@@ -62,6 +62,14 @@ def test_licences_filter_files(tmp_path):
     assert [path.name for path in splits["train"]] == ["a.mid"]
 
 
-def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        split_files([str(tmp_path)], None, None)
+def test_wrong_data_and_checkpoints_end_with_two(folder, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    for argv, word in (
+        (["--data", str(tmp_path)], str(tmp_path)),
+        (["--data", str(tmp_path / "absent")], "absent"),
+        (["--data", str(folder), "--init-from", str(tmp_path / "none")], "none"),
+        (["--data", str(folder), "--heads", "7", "--hidden-size", "40"], "head_dim"),
+    ):
+        assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("train: error:") and word in error

@@ -147,7 +147,7 @@ def assert_nothing_dropped(tokenizer, ids):
 def test_a_random_model_at_high_temperature_writes_only_valid_music(tokenizer, bpe_tokenizer, kind):
     from sage_music import SageMusicTokenizer
 
-    chosen = {"plain": tokenizer, "bpe": bpe_tokenizer, "on-change": SageMusicTokenizer(program_changes=True)}[kind]
+    chosen = {"plain": tokenizer, "bpe": bpe_tokenizer, "on-change": SageMusicTokenizer()}[kind]
     model = tiny_model(chosen, "head", num_hidden_layers=1)
     torch.manual_seed(0)
     start = torch.full((250, 1), chosen.bos_token_id)

@@ -30,7 +30,7 @@ def test_note_arrays_are_read_in_seconds(tokenizer):
 
 @pytest.mark.parametrize("kind", ["plain", "bpe", "on-change"])
 def test_a_round_trip_keeps_every_note(tokenizer, bpe_tokenizer, kind):
-    chosen = {"plain": tokenizer, "bpe": bpe_tokenizer, "on-change": SageMusicTokenizer(program_changes=True)}[kind]
+    chosen = {"plain": tokenizer, "bpe": bpe_tokenizer, "on-change": SageMusicTokenizer()}[kind]
     score = band(seed=3, qpm=93)
     ids = chosen.midi_to_ids(score)
     again = chosen.decode_midi(ids)
