@@ -1,15 +1,9 @@
-"""SAGE-Music: a pre-norm decoder whose key-value heads each belong to one musical attribute.
+"""SAGE-Music: a pre-norm decoder whose key-value heads each belong to one musical attribute (`attention_sage_music`).
 
-Attribute-specialized key-value head sharing (SAGE-Music, arXiv 2510.00395): a token of attribute `a` has one small
-set of keys and values, projected by `a`'s own weights, and all query heads share them. The cache holds `h` heads for a
-token instead of `H`.
-
-Shapes: B batch, T query tokens, H query heads, A attributes, h key-value heads per attribute, d channels per head,
-S stored rows of the longest attribute.
+Shapes: B batch, T tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +16,15 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_sage_music import AttributeRoute, SageMusicCache
+from .attention_sage_music import AttributePlan, SageMusicAttention, plan_prefill
+from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
 from .generation_sage_music import MidiGrammarLogitsProcessor
-
-# Queries scored at a time in a prefill or training pass: a block reads only the rows stored up to its last token.
-QUERY_BLOCK = 512
-# Added to the scores of hidden rows. Finite, so that a query with no visible row merges to nothing instead of NaN, and
-# within float16.
-HIDDEN = -3e4
 
 
 class SageMusicRMSNorm(nn.Module):
@@ -75,260 +64,6 @@ class SageMusicRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `(B, heads, T, d)` by tables `(B, T, d)`; channel pairs are `(i, i + d/2)`, as in Llama."""
-    half = states.shape[-1] // 2
-    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    cos, sin = (table[:, None].to(states.dtype) for table in (cos, sin))  # autocast: stay in its dtype
-    return states * cos + turned * sin
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Reference attention. query (B, H, T, d), key and value (B, h, S, d), additive mask; returns (B, T, H, d)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-@dataclass
-class AttributePlan:
-    """What one forward pass computes once and every layer reads.
-
-    Attributes:
-        attribute_ids: (B, T) attribute of each token.
-        order, sizes: tokens of the flattened batch sorted by attribute, and how many each attribute has, so that each
-            token is projected once; `None` for single tokens and under `torch.compile`.
-        route: rows of new tokens in a compacted cache that already holds some; `None` without one.
-        gather: (B, A, S) prefill: positions of each attribute's tokens; rows past their number point anywhere.
-        blocks: prefill: per block of queries its slice, the number of rows it may see, their visibility
-            (B, A, T_block, rows), and whether a token must read itself separately, (B, A, T_block), because the
-            attribute's rows do not hold it. `None` where `mask` is used instead.
-        mask: the mask of the attention interface.
-    """
-
-    attribute_ids: torch.Tensor | None
-    order: torch.Tensor | None = None
-    sizes: list[int] | None = None
-    route: AttributeRoute | None = None
-    gather: torch.Tensor | None = None
-    blocks: list[tuple[slice, int, torch.Tensor, torch.Tensor]] | None = None
-    mask: torch.Tensor | None = None
-    _biases: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict)
-
-    def biases(self, dtype: torch.dtype, kv_heads: int) -> list[torch.Tensor]:
-        """Per block the additive mask (B, A * h, T_block, rows); made once, in the dtype the layers compute in."""
-        if dtype not in self._biases:
-            biases = [torch.zeros_like(v, dtype=dtype).masked_fill_(~v, HIDDEN) for _, _, v, _ in self.blocks]
-            if kv_heads > 1:
-                biases = [bias.repeat_interleave(kv_heads, dim=1) for bias in biases]
-            self._biases[dtype] = biases
-        return self._biases[dtype]
-
-
-class SageMusicAttention(nn.Module):
-    def __init__(self, config: SageMusicConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_attention_heads
-        self.num_key_value_heads = config.num_key_value_heads
-        # What the attention interfaces repeat keys by; routed heads come with their keys already in place.
-        self.num_key_value_groups = 1 if config.kv_routing == "head" else self.num_heads // self.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
-        # (A, 2 * h * d, hidden_size): attribute a's keys, then its values.
-        kv_width = 2 * self.num_key_value_heads * self.head_dim
-        self.kv_weight = nn.Parameter(torch.empty(config.num_attributes, kv_width, config.hidden_size))
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
-        self.fold = _HeadFold(config) if config.kv_routing == "head" else None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        plan: AttributePlan,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-        key, value = self._project_kv(hidden_states, plan)  # (B, h, T, d)
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-
-        if plan.route is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, plan.route)
-            output, weights = self._attend_rows(query, key, value, plan.route.visible), None
-        elif self.fold is not None:
-            if plan.gather is not None:
-                rows, kept = self._compact(key, plan.gather), self._compact(value, plan.gather)
-            if past_key_values is not None:
-                past_key_values.layers[self.layer_idx].fill(rows, kept)
-            if plan.blocks is not None:
-                output, weights = self._attend_compact(query, rows, kept, key, value, plan), None
-            else:
-                key, value = key[:, self.fold.kv_heads], value[:, self.fold.kv_heads]
-                output, weights = self._attend(query, key, value, plan.mask, **kwargs)
-        else:
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            output, weights = self._attend(query, key, value, plan.mask, **kwargs)
-        return self.o_proj(output.reshape(batch, length, -1)), weights
-
-    def _project_kv(self, hidden_states: torch.Tensor, plan: AttributePlan) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, length, width = hidden_states.shape
-        if self.kv_weight.shape[0] == 1:
-            states = F.linear(hidden_states, self.kv_weight[0])
-        elif plan.order is not None:
-            parts = hidden_states.reshape(-1, width)[plan.order].split(plan.sizes)
-            states = torch.cat([F.linear(part, weight) for part, weight in zip(parts, self.kv_weight, strict=True)])
-            inverse = torch.empty_like(plan.order)
-            inverse[plan.order] = torch.arange(len(plan.order), device=plan.order.device)
-            states = states[inverse].view(batch, length, -1)
-        elif length == 1:
-            # (B, 2hd, hidden) @ (B, hidden, 1): reads the weights of the one attribute a row needs.
-            states = torch.bmm(self.kv_weight[plan.attribute_ids[:, 0]], hidden_states.transpose(1, 2)).transpose(1, 2)
-        else:
-            every = F.linear(hidden_states, self.kv_weight.flatten(0, 1)).view(batch, length, len(self.kv_weight), -1)
-            states = every.gather(2, plan.attribute_ids[..., None, None].expand(-1, -1, 1, every.shape[-1]))[:, :, 0]
-        states = states.view(batch, length, 2, self.num_key_value_heads, self.head_dim)
-        return states[:, :, 0].transpose(1, 2), states[:, :, 1].transpose(1, 2)
-
-    def _attend(self, query, key, value, mask, **kwargs):
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        return attention(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
-
-    @staticmethod
-    def _compact(states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
-        """(B, h, T, d) in token order to (B, A * h, S, d), each attribute's rows together."""
-        _, heads, _, width = states.shape
-        index = gather[:, :, None, :, None].expand(-1, -1, heads, -1, width)
-        return states[:, None].expand(-1, gather.shape[1], -1, -1, -1).gather(3, index).flatten(1, 2)
-
-    def _attend_rows(self, query, key, value, visible):
-        """Attention of new tokens over the compacted cache: key and value (B, A * h, S, d), visible (B, A, T, S)."""
-        batch, _, length, width = query.shape
-        folded = self.fold.fold(query)  # (B, A * h, G, T, d): a group's heads share its keys
-        groups = folded.shape[2]
-        mask = visible
-        if self.num_key_value_heads > 1:
-            mask = mask.repeat_interleave(self.num_key_value_heads, dim=1)
-        if length > 1:
-            mask = mask.repeat(1, 1, groups, 1)
-        output = F.scaled_dot_product_attention(
-            folded.reshape(batch, -1, groups * length, width), key, value, attn_mask=mask, scale=self.scaling
-        )
-        return self.fold.unfold(output.view(folded.shape)).transpose(1, 2)
-
-    def _attend_compact(self, query, key, value, own_key, own_value, plan):
-        """Prefill and training over compacted rows: about `1 / A` of the scores of full attention.
-
-        key, value (B, A * h, S, d) hold each attribute's rows; own_key, own_value (B, h, T, d) are what a token of
-        another attribute reads of itself.
-        """
-        dropout = self.attention_dropout if self.training else 0.0
-        fused = query.device.type == "cpu" and not dropout
-        folded = self.fold.fold(query)  # (B, A * h, G, T, d)
-        own_key, own_value = (states.repeat(1, self.config.num_attributes, 1, 1) for states in (own_key, own_value))
-        biases = plan.biases(query.dtype, self.num_key_value_heads)
-        outputs = []
-        for (part, rows, _, own), bias in zip(plan.blocks, biases, strict=True):
-            if self.num_key_value_heads > 1:
-                own = own.repeat_interleave(self.num_key_value_heads, dim=1)
-            states = (key[:, :, :rows], value[:, :, :rows], own_key[:, :, part], own_value[:, :, part])
-            heads = [
-                CompactAttention.apply(folded[:, :, group, part], *states, own, bias, self.scaling)
-                if fused
-                else compact_attention(folded[:, :, group, part], *states, own, bias, self.scaling, dropout)
-                for group in range(folded.shape[2])
-            ]
-            outputs.append(torch.stack(heads, dim=2))
-        return self.fold.unfold(torch.cat(outputs, dim=3)).transpose(1, 2)
-
-
-def compact_attention(query, key, value, own_key, own_value, own, bias, scaling, dropout=0.0):
-    """Softmax attention over shared rows and, where `own`, the token itself, in plain operations.
-
-    query, own_key, own_value (B, R, T, d); key, value (B, R, S, d); own (B, R, T) bool; bias (B, R, T, S).
-    """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + bias
-    own_scores = ((query * own_key).sum(-1, keepdim=True) * scaling).masked_fill(~own[..., None], HIDDEN)
-    weights = F.softmax(torch.cat([scores, own_scores], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout)
-    return torch.matmul(weights[..., :-1], value) + weights[..., -1:] * own_value
-
-
-class CompactAttention(torch.autograd.Function):
-    """`compact_attention` on the CPU's fused kernel, which keeps no scores.
-
-    The kernel attends the shared rows and returns the log-sum-exp of their scores; the token itself joins by
-    `lse' = logaddexp(lse, own_score)`. The kernel's backward pass recomputes the weights as `exp(score - lse')` from
-    whatever log-sum-exp and output it is given: with the merged ones its gradients are exact.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, own_key, own_value, own, bias, scaling):
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=bias, scale=scaling
-        )
-        own_scores = ((query * own_key).sum(-1).float() * scaling).masked_fill_(~own, HIDDEN)
-        total = torch.logaddexp(lse, own_scores)
-        own_weights = (own_scores - total).exp_().to(query.dtype)
-        output = output * (lse - total).exp_().to(query.dtype)[..., None] + own_weights[..., None] * own_value
-        ctx.save_for_backward(query, key, value, own_key, own_value, bias, output, total, own_weights)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, own_key, own_value, bias, output, total, own_weights = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, output, total, 0.0, False, attn_mask=bias, scale=ctx.scaling
-        )
-        d_scores = own_weights * (grad * (own_value - output)).sum(-1) * ctx.scaling
-        d_query += d_scores[..., None] * own_key
-        return d_query, d_key, d_value, d_scores[..., None] * query, own_weights[..., None] * grad, None, None, None
-
-
-class _HeadFold:
-    """Puts each key-value head's query heads on an axis of their own; groups of unequal size are padded by a repeat."""
-
-    def __init__(self, config: SageMusicConfig):
-        kv_heads = config.num_key_value_heads
-        members, start = [], 0
-        for size in config.query_heads_per_attribute:
-            per_kv = size // kv_heads
-            members += [list(range(start + j * per_kv, start + (j + 1) * per_kv)) for j in range(kv_heads)]
-            start += size
-        self.kv_heads = [row % kv_heads for row, heads in enumerate(members) for _ in heads]  # each query head's
-        self.rows, self.width = len(members), max(map(len, members))
-        self.even = all(len(heads) == self.width for heads in members)
-        self.take = [heads[min(i, len(heads) - 1)] for heads in members for i in range(self.width)]
-        self.put = [row * self.width + i for row, heads in enumerate(members) for i in range(len(heads))]
-
-    def fold(self, query: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, d) to (B, A * h, G, T, d)."""
-        if not self.even:
-            query = query[:, self.take]
-        return query.reshape(query.shape[0], self.rows, self.width, *query.shape[2:])
-
-    def unfold(self, output: torch.Tensor) -> torch.Tensor:
-        """(B, A * h, G, T, d) to (B, H, T, d)."""
-        output = output.flatten(1, 2)
-        return output if self.even else output[:, self.put]
 
 
 class SageMusicMLP(nn.Module):
@@ -524,54 +259,10 @@ class SageMusicModel(SageMusicPreTrainedModel):
         if past is not None and (past.lengths is not None or length == 1 or torch.compiler.is_compiling()):
             plan.route = past.route(codes)
             return plan
-        self._plan_prefill(plan, codes, inputs_embeds.dtype, keep=past is not None)
+        plan_prefill(config, plan, codes, inputs_embeds.dtype, keep=past is not None)
         if past is not None:
             past.remember_prefill(codes)
         return plan
-
-    def _plan_prefill(self, plan: AttributePlan, codes: torch.Tensor, dtype: torch.dtype, keep: bool) -> None:
-        """Rows and masks of a pass with nothing stored before it; `keep` asks for the rows a cache will take over."""
-        device, length = codes.device, codes.shape[1]
-        implementation = self.config._attn_implementation
-        attributes = torch.arange(self.config.num_attributes, device=device)
-        members = (codes[:, None] == attributes[:, None]) | (codes[:, None] >= self.config.num_attributes)  # (B, A, T)
-        tokens = torch.arange(length, device=device)
-        compact = implementation == "sdpa" and not torch.compiler.is_compiling()
-        if compact or keep:
-            counts = members.cumsum(-1)
-            longest = max(int(counts[..., -1].max()), 1)
-            # Tokens of other attributes all land in the column after the last, which is cut off.
-            gather = counts.new_zeros(*counts.shape[:2], longest + 1)
-            gather.scatter_(2, torch.where(members, counts - 1, longest), tokens.expand_as(counts))
-            plan.gather = gather[..., :longest]
-        if compact:
-            plan.blocks = []
-            for start in range(0, length, QUERY_BLOCK):
-                part = slice(start, start + QUERY_BLOCK)
-                rows = max(int(counts[..., part].max()), 1)
-                visible = torch.arange(rows, device=device) < counts[:, :, part, None]
-                plan.blocks.append((part, rows, visible, ~members[:, :, part]))
-            return
-
-        sizes = self.config.query_heads_per_attribute
-        if implementation not in ("eager", "sdpa", "flex_attention"):
-            raise ValueError(
-                f"kv_routing='head' runs with attn_implementation 'sdpa', 'eager' or 'flex_attention', not "
-                f"{implementation!r}: its mask differs from head to head."
-            )
-        group_of = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)], device=device)
-        if implementation == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            def reads(b, h, q, kv):
-                return ((kv <= q) & members[b, group_of[h], kv]) | (kv == q)
-
-            plan.mask = create_block_mask(reads, codes.shape[0], len(group_of), length, length, device=device)
-        else:
-            causal = tokens[:, None] >= tokens
-            visible = (members[:, :, None] & causal) | (tokens[:, None] == tokens)  # (B, A, T, T)
-            bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-            plan.mask = bias[:, group_of]
 
 
 class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
