@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from . import TEMPERATURE, TOP_P
 from .midi import InvalidMidiError, read_score, write_midi
 from .render import MissingExtraError, render_piano_roll, render_wav
 
@@ -52,8 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     def with_sampling(sub: argparse.ArgumentParser) -> None:
         with_model(sub)
         sub.add_argument("--bars", type=positive_int, default=16, help="bars to write (default: %(default)s)")
-        sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1.0)")
-        sub.add_argument("--top-p", type=float, default=0.97, help="nucleus sampling (default: %(default)s)")
+        sub.add_argument(
+            "--temperature", type=float, default=TEMPERATURE, help="0: the likeliest token (default: %(default)s)"
+        )
+        sub.add_argument("--top-p", type=float, default=TOP_P, help="nucleus sampling (default: %(default)s)")
         sub.add_argument("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
         sub.add_argument("--num", type=positive_int, default=1, help="pieces to write, seeds counting up")
         sub.add_argument("--programs", type=program_list, help="only these programs, as in 0,33,drums")

@@ -29,11 +29,9 @@ from sage_music import (
     SageMusicTokenizer,
 )
 
+from . import TEMPERATURE, TOP_P
 from .midi import bar_ticks, bar_times, read_score
 from .notes import instrument_name
-
-# Sampling defaults of every command: mild truncation keeps rare slips out without making the music timid.
-TEMPERATURE, TOP_P = 1.0, 0.97
 
 
 class CheckpointError(ValueError):

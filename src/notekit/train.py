@@ -26,6 +26,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 from sage_music.data import BlockDataset, WindowDataset, encode_files, midi_files
 
+from . import TEMPERATURE, TOP_P
+
 
 def split_files(folders: list[str], metadata: str | None, licences: list[str] | None) -> dict[str, list[Path]]:
     """Files of all folders by split; `metadata` (columns `path`, `licence`) keeps some licences only."""
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
             max_position_embeddings=args.context,
         )
         model = SageMusicForCausalLM(config)
-        model.generation_config.update(do_sample=True, top_p=0.97, top_k=0)
+        model.generation_config.update(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0)
 
     splits = split_files(args.data, args.metadata, args.licences)
     used = ([] if args.steps == 0 else ["train"]) + [args.eval_split]
