@@ -67,6 +67,8 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
         return allowed & in_bar & ((needed < 0) | (needed == drum))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] == 0:  # generation from inputs_embeds: nothing is known of what came before
+            return scores
         return scores.masked_fill(~self.allowed(input_ids), -torch.inf)
 
 

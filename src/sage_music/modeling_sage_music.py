@@ -176,7 +176,8 @@ class SageMusicModel(SageMusicPreTrainedModel):
             attention_mask: (B, tokens seen + T), 0 for padding on the left.
             position_ids: (B, T), counted from the first token that is not padding by default.
             attribute_ids: (B, T) attribute of each token, plus `config.num_attributes` for tokens that every head group
-                reads (BOS). Read from `config.token_attribute_ids` when `input_ids` are given.
+                reads (BOS). With `input_ids` they come from `config.token_attribute_ids`, and these are not read:
+                `generate()` goes on passing those of the embedded prompt.
 
         Raises:
             ValueError: ids outside the vocabulary, `inputs_embeds` without `attribute_ids`, a cache of another kind,
@@ -223,14 +224,14 @@ class SageMusicModel(SageMusicPreTrainedModel):
         length = inputs_embeds.shape[1]
         codes = None
         if config.kv_routing != "none":
-            if attribute_ids is not None:
-                codes = attribute_ids
-            elif input_ids is not None:
+            if input_ids is not None:
                 codes = self.token_codes[input_ids]
+            elif attribute_ids is not None and attribute_ids.shape == inputs_embeds.shape[:2]:
+                codes = attribute_ids
             else:
                 raise ValueError(
-                    f"kv_routing={config.kv_routing!r} needs attribute_ids with inputs_embeds: the attribute of each "
-                    "token decides which key-value heads it owns."
+                    f"kv_routing={config.kv_routing!r} needs attribute_ids (batch, tokens) with inputs_embeds: "
+                    "the attribute of each token decides which key-value heads it owns."
                 )
         plan = AttributePlan(attribute_ids=codes % config.num_attributes if codes is not None else None)
         if codes is not None and length > 1 and not torch.compiler.is_compiling():

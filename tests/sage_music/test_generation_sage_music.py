@@ -100,6 +100,19 @@ def test_generation_goes_on_from_a_cache(model, prompts):
     assert torch.equal(rest, expected)
 
 
+def test_generation_from_embeddings(model, prompts):
+    """`inputs_embeds` and `attribute_ids` instead of the prompt's ids; the grammar, which reads ids, is off in both."""
+    codes = None if model.model.token_codes is None else model.model.token_codes[prompts]
+    model.generation_config.midi_grammar = False
+    try:
+        expected = model.generate(prompts, **GREEDY)[:, prompts.shape[1] :]
+        embeds = model.model.embed_tokens(prompts)
+        options = {} if codes is None else {"attribute_ids": codes}
+        assert torch.equal(model.generate(inputs_embeds=embeds, **options, **GREEDY), expected)
+    finally:
+        model.generation_config.midi_grammar = True
+
+
 def note_fields(tokens):
     """Every note of base tokens as (bar, position, program, pitch, velocity), read independently of MidiTok."""
     notes, bar, position, program = [], -1, 0, None
