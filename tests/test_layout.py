@@ -36,6 +36,16 @@ def test_plain_modules_import_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_twin_in_the_tokenizer_is_the_same():
+    """A Hub file cannot import notekit: what both need is written twice, and must stay equal."""
+    sources = []
+    for path in (SRC / "notekit" / "midi.py", SRC / "sage_music" / "tokenization_sage_music.py"):
+        text = path.read_text(encoding="utf-8")
+        found = [n for n in ast.parse(text).body if getattr(n, "name", "") == "is_truncated"]
+        sources.append(ast.get_source_segment(text, found[0]))
+    assert sources[0] == sources[1]
+
+
 def test_nothing_imports_the_command_line():
     for path in SRC.rglob("*.py"):
         for level, module in imports(path):

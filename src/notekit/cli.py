@@ -249,9 +249,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:
-        result = args.run(args)
+        with warnings.catch_warnings():  # put back on leaving: `main` is also called from Python
+            warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+            result = args.run(args)
     except (InvalidMidiError, MissingExtraError, ValueError, OSError) as error:
         print(f"sage-music: error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,15 @@ class InvalidMidiError(ValueError):
         super().__init__(f"{name}: {reason}")
 
 
+def is_truncated(data: bytes) -> bool:
+    """Whether a MIDI file ends before its own chunk sizes and track count say. Some readers return what they got."""
+    position, missing = 8 + int.from_bytes(data[4:8], "big"), int.from_bytes(data[10:12], "big")
+    while missing > 0 and position + 8 <= len(data):  # what follows the last track is nobody's loss
+        missing -= data[position : position + 4] == b"MTrk"
+        position += 8 + int.from_bytes(data[position + 4 : position + 8], "big")
+    return position > len(data) or missing > 0
+
+
 def read_score(source: str | os.PathLike | bytes) -> Score:
     """The `symusic.Score` (in ticks) of a MIDI file given as a path or as bytes.
 
@@ -43,6 +52,8 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
         raise InvalidMidiError(name, "not a MIDI file (it does not begin with 'MThd').")
     if len(data) >= 14 and data[12] & 0x80:
         raise InvalidMidiError(name, "times are SMPTE frames, not beats; export it with a ticks-per-quarter division.")
+    if is_truncated(data):
+        raise InvalidMidiError(name, "damaged or truncated MIDI (it ends before its own chunk sizes say).")
     try:
         score = Score.from_midi(data)
     except (RuntimeError, ValueError, UnicodeDecodeError) as error:

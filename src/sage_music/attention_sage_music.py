@@ -134,6 +134,12 @@ def plan_prefill(config, plan: AttributePlan, codes: torch.Tensor, dtype: torch.
 
 
 class SageMusicAttention(nn.Module):
+    """Causal attention by `config.kv_routing`; hidden states (B, T, hidden_size) in and out.
+
+    Three ways through, one result: the attention interface in token order (`"token"`, the controls, and `"head"` under
+    eager, flex or `torch.compile`); compacted rows of a prefill; and rows of a cache that already holds some.
+    """
+
     def __init__(self, config: SageMusicConfig, layer_idx: int):
         super().__init__()
         self.config = config

@@ -28,6 +28,8 @@ from .generation_sage_music import MidiGrammarLogitsProcessor
 
 
 class SageMusicRMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a learned scale."""
+
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -67,6 +69,8 @@ class SageMusicRotaryEmbedding(nn.Module):
 
 
 class SageMusicMLP(nn.Module):
+    """SwiGLU: `down(act(gate(x)) * up(x))`."""
+
     def __init__(self, config: SageMusicConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -79,6 +83,8 @@ class SageMusicMLP(nn.Module):
 
 
 class SageMusicDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each added to the residual stream (B, T, hidden_size)."""
+
     def __init__(self, config: SageMusicConfig, layer_idx: int):
         super().__init__()
         self.self_attn = SageMusicAttention(config, layer_idx)

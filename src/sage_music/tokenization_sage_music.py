@@ -169,8 +169,11 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         if isinstance(source, str | os.PathLike):
             name, source = os.fspath(source), Path(source).read_bytes()
         if isinstance(source, bytes | bytearray | memoryview):
+            data = bytes(source)
+            if data.startswith(b"MThd") and is_truncated(data):
+                raise ValueError(f"{name}: damaged or truncated MIDI (it ends before its own chunk sizes say).")
             try:
-                source = Score.from_midi(bytes(source))
+                source = Score.from_midi(data)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name}: not a readable MIDI file ({error}).") from error
         elif hasattr(source, "to"):
@@ -364,6 +367,15 @@ def _check_supported(miditok: REMI):
             f"it needs {', '.join(missing) or 'Duration tokens on every note'}"
             f"{'; it has unknown token types ' + ', '.join(extra) if extra else ''}."
         )
+
+
+def is_truncated(data: bytes) -> bool:
+    """Whether a MIDI file ends before its own chunk sizes and track count say. Some readers return what they got."""
+    position, missing = 8 + int.from_bytes(data[4:8], "big"), int.from_bytes(data[10:12], "big")
+    while missing > 0 and position + 8 <= len(data):  # what follows the last track is nobody's loss
+        missing -= data[position : position + 4] == b"MTrk"
+        position += 8 + int.from_bytes(data[position + 4 : position + 8], "big")
+    return position > len(data) or missing > 0
 
 
 def _bar_end(tokens: Sequence[str], bars: int) -> int:

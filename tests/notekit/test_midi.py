@@ -61,14 +61,15 @@ def test_a_missing_file_and_a_folder(tmp_path):
             read_score(path)
 
 
-def test_every_truncation_of_a_file_is_refused_or_read_whole(tmp_path):
+def test_every_truncation_of_a_file_is_refused(tokenizer):
+    """At every byte: readers that stop quietly would return the first notes as if they were all."""
     data = band(bars=1).dumps_midi()
-    whole = len(read_notes(data))
-    for length in range(0, len(data) - 1, 7):
-        try:
-            assert len(read_notes(data[:length])) <= whole
-        except InvalidMidiError:
-            pass
+    for length in range(len(data)):
+        with pytest.raises(InvalidMidiError):
+            read_score(data[:length])
+        with pytest.raises(ValueError, match="<bytes>"):
+            tokenizer.midi_to_ids(data[:length])
+    assert len(read_notes(data + b"trailing bytes")) == len(read_notes(data))
 
 
 def test_a_tempo_of_zero_is_said_and_left_out():
