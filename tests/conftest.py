@@ -1,4 +1,4 @@
-"""Shared fixtures: a tokenizer, tiny models of every routing, and MIDI files made on the spot."""
+"""Shared fixtures: tokenizers, tiny models of both families and every kind, and MIDI files made on the spot."""
 
 import os
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
+from perceivers import PerceiverSConfig, PerceiverSForCausalLM, PerceiverSTokenizer
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -25,6 +26,31 @@ ROUTINGS = {
     "mha": ("none", 16, None),
     "gqa": ("none", 4, None),
     "mqa": ("none", 1, None),
+}
+
+# Options of a PerceiverS over N = 8 latents and M = 48 tokens.
+PERCEIVERS = {
+    "sliding": {},
+    "static": {"scale_mask": "static"},
+    "one scale": {"cross_scales": [None]},
+    "many scales": {"cross_scales": [5, None, 17]},
+    "stream": {"cross_kv_source": "stream"},
+    "stream static": {"cross_kv_source": "stream", "scale_mask": "static", "cross_scales": [None, 9]},
+    "ported": {
+        "norm_type": "layer",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "lm_head_bias": True,
+        "final_norm": False,
+        "tie_word_embeddings": False,
+        "num_rotary_layers": 1,
+        "rope_endpoint": True,
+        "head_dim": 12,
+        "initializer_range": 0.3,
+    },
+    "absolute": {"absolute_positions": True, "position_offset": 1, "max_position_embeddings": 256},
 }
 
 
@@ -114,6 +140,44 @@ def model(request, tokenizer) -> SageMusicForCausalLM:
 def prompts(tokenizer) -> torch.Tensor:
     """(2, 120) ids of two pieces."""
     return torch.tensor([tokenizer.midi_to_ids(band(seed=seed))[:120] for seed in (1, 2)])
+
+
+def tiny_perceivers(kind: str = "sliding", seed: int = 0, **options) -> PerceiverSForCausalLM:
+    """A PerceiverS of N = 8 latents over M = 48 tokens, with large weights as in `tiny_config`."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_latents": 8,
+        "max_position_embeddings": 48,
+        "cross_scales": [None, 12],
+        "initializer_range": 0.5,
+    }
+    fields = PerceiverSTokenizer().config_fields()
+    torch.manual_seed(seed)
+    return PerceiverSForCausalLM(PerceiverSConfig(**{**fields, **shape, **PERCEIVERS[kind], **options})).eval()
+
+
+@pytest.fixture(scope="session", params=list(PERCEIVERS))
+def performer(request) -> PerceiverSForCausalLM:
+    """A PerceiverS of every kind, in float64; the rotary tables are float32 by design."""
+    return tiny_perceivers(request.param).double()
+
+
+@pytest.fixture(scope="session")
+def events() -> torch.Tensor:
+    """(2, 150) ids of events: any of them, music or not."""
+    return torch.randint(0, 388, (2, 150), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def fixed_shapes():
+    """Compile for each number of keys: for any number, flex_attention's CPU code does not build (PyTorch 2.13)."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
+    torch._dynamo.reset()
 
 
 def needs_data():

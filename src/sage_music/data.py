@@ -1,41 +1,12 @@
-"""Training data: folders of MIDI files to fixed-length token blocks that `Trainer` takes as they are."""
+"""Training data: pieces of token ids to fixed-length blocks that `Trainer` takes as they are."""
 
-import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from .tokenization_sage_music import SageMusicTokenizer
-
-MIDI_SUFFIXES = (".mid", ".midi")
-
-
-def midi_files(folder: str | Path) -> list[Path]:
-    """All MIDI files under `folder`, sorted.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in MIDI_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"{folder}: no .mid or .midi file in it.")
-    return files
-
-
-def encode_files(files: Iterable[str | Path], tokenizer: SageMusicTokenizer) -> list[np.ndarray]:
-    """Token ids `(T,)` of each file, `BOS ... EOS`; a file that cannot be read is warned about and left out."""
-    pieces, dtype = [], np.min_scalar_type(tokenizer.vocab_size)
-    for path in files:
-        try:
-            ids = tokenizer.midi_to_ids(path)
-        except ValueError as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
-            continue
-        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=dtype))
-    return pieces
 
 
 class BlockDataset(Dataset):
@@ -46,7 +17,7 @@ class BlockDataset(Dataset):
     torch's, so `Trainer`'s seed governs them.
 
     Args:
-        pieces: arrays of ids, `BOS ... EOS` each.
+        pieces: arrays of ids, `BOS ... EOS` each, as `notekit.corpus.encode_files` makes them.
         tokenizer: the tokenizer that made them.
         block_size: tokens per block.
         transpose: largest shift in semitones, up and down; drums never move. 0 under BPE.
@@ -129,4 +100,4 @@ class WindowDataset(Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
-__all__ = ["BlockDataset", "WindowDataset", "encode_files", "midi_files"]
+__all__ = ["BlockDataset", "WindowDataset"]

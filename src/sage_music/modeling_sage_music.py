@@ -281,6 +281,8 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SageMusicModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # With this flag on, loading would drop the entry that is our own: midi_grammar.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     @can_return_tuple

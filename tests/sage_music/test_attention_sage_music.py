@@ -18,7 +18,7 @@ def test_eager_equals_sdpa(model, prompts):
 
 
 @pytest.mark.skipif(not is_torch_flex_attn_available(), reason="this PyTorch has no flex_attention")
-def test_flex_attention_equals_sdpa(tokenizer, prompts):
+def test_flex_attention_equals_sdpa(tokenizer, prompts, fixed_shapes):
     model = tiny_model(tokenizer, "head", head_dim=16)
     with torch.no_grad():
         expected = model(prompts).logits

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import band
 
-from sage_music.data import BlockDataset, WindowDataset, encode_files, midi_files
+from sage_music.data import BlockDataset, WindowDataset
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,6 @@ def test_windows_predict_every_token_once(tokenizer, pieces):
     assert predicted == [token for piece in pieces for token in piece[1:].tolist()]
     assert dataset.num_tokens == len(predicted)
     assert dataset.num_notes == sum(band(bars=b, seed=b).note_num() for b in (2, 9))
-
-
-def test_unreadable_files_are_left_out_and_said(tokenizer, tmp_path):
-    band(bars=1).dump_midi(tmp_path / "good.mid")
-    (tmp_path / "bad.MID").write_bytes(b"no")
-    files = midi_files(tmp_path)
-    assert [f.name for f in files] == ["bad.MID", "good.mid"]
-    with pytest.warns(UserWarning, match=r"bad\.MID"):
-        assert len(encode_files(files, tokenizer)) == 1
 
 
 def test_bpe_blocks_refuse_to_transpose_ids(bpe_tokenizer):

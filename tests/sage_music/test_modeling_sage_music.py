@@ -82,6 +82,13 @@ def test_saved_and_loaded_logits_are_identical(tokenizer, prompts, tmp_path, rou
         assert torch.equal(again(prompts).logits, model(prompts).logits)
 
 
+def test_a_grammar_switched_off_stays_off(tokenizer, tmp_path):
+    model = tiny_model(tokenizer)
+    model.generation_config.midi_grammar = False
+    model.save_pretrained(tmp_path)
+    assert SageMusicForCausalLM.from_pretrained(tmp_path).generation_config.midi_grammar is False
+
+
 def test_compiled_training_step_has_no_graph_break(tokenizer, prompts):
     import shutil
 

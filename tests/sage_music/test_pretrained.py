@@ -7,7 +7,8 @@ import torch
 from conftest import band
 from test_generation_sage_music import assert_nothing_dropped
 
-from notekit.compose import continue_score, load
+from notekit.checkpoint import load
+from notekit.compose import continue_score
 from sage_music import PRETRAINED
 
 

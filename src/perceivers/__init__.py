@@ -1,0 +1,39 @@
+"""PerceiverS: expressive piano performance over a long context, Transformers-native."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .cache_perceivers import PerceiverSCache
+from .configuration_perceivers import PerceiverSConfig
+from .generation_perceivers import DurationLogitsProcessor, PerformanceGrammarLogitsProcessor
+from .modeling_perceivers import PerceiverSForCausalLM, PerceiverSModel, PerceiverSPreTrainedModel
+from .segmentation import SegmentCollator, SegmentDataset, SequentialDataset
+from .tokenization_perceivers import PerceiverSTokenizer
+
+PRETRAINED = Path(__file__).parent / "pretrained" / "perceivers-6m"
+"""Folder of the bundled checkpoint, for `from_pretrained`."""
+
+AutoConfig.register("perceivers", PerceiverSConfig, exist_ok=True)
+AutoModel.register(PerceiverSConfig, PerceiverSModel, exist_ok=True)
+AutoModelForCausalLM.register(PerceiverSConfig, PerceiverSForCausalLM, exist_ok=True)
+AutoTokenizer.register(PerceiverSConfig, PerceiverSTokenizer, exist_ok=True)
+
+# Trainer's label smoothing shifts the labels of causal models it knows by name, and silently not those of others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["perceivers"] = "PerceiverSForCausalLM"
+
+__all__ = [
+    "PRETRAINED",
+    "DurationLogitsProcessor",
+    "PerceiverSCache",
+    "PerceiverSConfig",
+    "PerceiverSForCausalLM",
+    "PerceiverSModel",
+    "PerceiverSPreTrainedModel",
+    "PerceiverSTokenizer",
+    "PerformanceGrammarLogitsProcessor",
+    "SegmentCollator",
+    "SegmentDataset",
+    "SequentialDataset",
+]

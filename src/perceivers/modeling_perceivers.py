@@ -1,0 +1,479 @@
+"""PerceiverS: cross-attention over a long context at several scales, then a decoder over the last N positions.
+
+Perceiver AR (Hawthorne et al. 2022) with the multi-scale cross-attention of PerceiverS (arXiv 2411.08307).
+
+Shapes: B batch, T tokens given, n latents: the last min(N, T) positions, the only ones that are computed.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_perceivers import AttentionPlan, PerceiverSCrossAttention, PerceiverSSelfAttention, plan_cross
+from .cache_perceivers import PerceiverSCache
+from .configuration_perceivers import PerceiverSConfig
+from .generation_perceivers import PerformanceGrammarLogitsProcessor
+
+
+class PerceiverSRMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a learned scale."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+def make_norm(config: PerceiverSConfig) -> nn.Module:
+    """The norm that `config.norm_type` names, over `hidden_size` channels."""
+    if config.norm_type == "layer":
+        return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+    return PerceiverSRMSNorm(config.hidden_size, config.norm_eps)
+
+
+class PerceiverSRotaryEmbedding(nn.Module):
+    """Cosine and sine tables `(B, T, rotary_dim)` of rotary positions."""
+
+    def __init__(self, config: PerceiverSConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable:
+        return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: PerceiverSConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        pairs = config.rotary_dim // 2
+        steps = max(pairs - 1, 1) if config.rope_endpoint else pairs
+        exponent = torch.arange(pairs, dtype=torch.float, device=device) / steps
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+class PerceiverSMLP(nn.Module):
+    """`down(act(up(x)))`."""
+
+    def __init__(self, config: PerceiverSConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class PerceiverSCrossLayer(GradientCheckpointingLayer):
+    """Cross-attention at one scale and an MLP, each added to the query stream (B, n, hidden_size)."""
+
+    def __init__(self, config: PerceiverSConfig):
+        super().__init__()
+        self.stream = config.cross_kv_source == "stream"
+        self.q_norm = make_norm(config)
+        self.kv_norm = make_norm(config)
+        self.attention = PerceiverSCrossAttention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = PerceiverSMLP(config)
+
+    def context_keys_values(self, context: torch.Tensor, tables) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of context embeddings (B, rows, hidden_size)."""
+        return self.attention.keys_values(self.kv_norm(context), tables)
+
+    def stream_keys_values(self, hidden_states: torch.Tensor, tables) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the latents themselves (B, n, hidden_size), for `cross_kv_source="stream"`."""
+        return self.attention.keys_values(self.q_norm(hidden_states), tables)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: AttentionPlan,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        context: torch.Tensor | None = None,
+        context_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Attend `keys_values` (B, H, plan.keys, d), or those of `context` embeddings (B, plan.keys, hidden_size)."""
+        queries = self.q_norm(hidden_states)
+        if keys_values is None:
+            if self.stream:
+                rows = torch.cat((self.kv_norm(context[:, : plan.prefix]), queries), dim=1)
+            else:
+                rows = self.kv_norm(context)
+            keys_values = self.attention.keys_values(rows, context_tables)
+        attended, _ = self.attention(queries, *keys_values, plan, tables, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class PerceiverSLayer(GradientCheckpointingLayer):
+    """Causal self-attention over the latents and an MLP, each added to the stream (B, n, hidden_size)."""
+
+    def __init__(self, config: PerceiverSConfig, layer_idx: int):
+        super().__init__()
+        self.input_norm = make_norm(config)
+        self.self_attn = PerceiverSSelfAttention(config, layer_idx)
+        self.mlp_norm = make_norm(config)
+        self.mlp = PerceiverSMLP(config)
+
+    def forward(self, hidden_states, plan: AttentionPlan, tables, cache_layer=None, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_norm(hidden_states), plan, tables, cache_layer, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class PerceiverSPreTrainedModel(PreTrainedModel):
+    config: PerceiverSConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PerceiverSCrossLayer", "PerceiverSLayer"]  # noqa: RUF012 (class variables of the base class)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": PerceiverSLayer,
+        "attentions": PerceiverSSelfAttention,
+        "cross_attentions": PerceiverSCrossAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PerceiverSRotaryEmbedding):
+            inv_freq, _ = module.rope_init_fn(module.config)
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+
+
+class PerceiverSModel(PerceiverSPreTrainedModel):
+    """Embeddings, cross-attention layers, latent self-attention layers: without the language-model head."""
+
+    def __init__(self, config: PerceiverSConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_positions = None
+        if config.absolute_positions:
+            self.embed_positions = nn.Embedding(
+                config.max_position_embeddings + config.position_offset, config.hidden_size
+            )
+        self.cross_layers = nn.ModuleList([PerceiverSCrossLayer(config) for _ in config.cross_scales])
+        self.layers = nn.ModuleList([PerceiverSLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = make_norm(config) if config.final_norm else nn.Identity()
+        self.rotary_emb = PerceiverSRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_latents: int | None = None,
+        outputs_to_keep: int = 0,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T), or `inputs_embeds` (B, T, hidden_size).
+            attention_mask: (B, tokens seen + T), 0 for padding on the left.
+            position_ids: (B, T), counted from the first token that is not padding by default.
+            past_key_values: a `PerceiverSCache`. `use_cache=True` makes one; the default makes none.
+            num_latents: positions to compute, without a cache; at most `config.num_latents`, the default.
+            outputs_to_keep: with a cache, how many of the new tokens' states to return; 0: those of the last window.
+
+        Returns `last_hidden_state` (B, n, hidden_size) of the last n positions. Without a cache n is `num_latents` (or
+        T, where that is less). With one, every position is computed in the window that the cache's schedule gives it,
+        and the context moves on with the window past `max_position_embeddings`.
+
+        Raises:
+            ValueError: ids outside the vocabulary, more than `max_position_embeddings` tokens (without a cache, or with
+                learned positions), padding after tokens, a row of padding alone, or a cache of another kind.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        length = inputs_embeds.shape[1]
+        if past_key_values is None and use_cache:
+            past_key_values = PerceiverSCache(self.config)
+        if past_key_values is not None and not hasattr(past_key_values, "window_start"):
+            raise ValueError(
+                f"PerceiverS decodes with PerceiverSCache(model.config), not with {type(past_key_values).__name__}."
+            )
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        valid = self._valid_columns(attention_mask, seen, length, cached=past_key_values is not None)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
+            if valid is not None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+            elif seen:
+                last = past_key_values.columns("positions", seen - 1, seen) - self.config.position_offset
+                position_ids = position_ids + last + 1
+        position_ids = position_ids + self.config.position_offset
+        limit = self.config.max_position_embeddings
+        if seen + length > limit and (past_key_values is None or self.embed_positions is not None):
+            raise ValueError(
+                f"{seen + length} tokens are more than max_position_embeddings ({limit}): give the last {limit}."
+            )
+        if self.embed_positions is not None:
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+
+        if past_key_values is not None:
+            states = self._extend(inputs_embeds, position_ids, valid, past_key_values, outputs_to_keep, **kwargs)
+        else:
+            latents = min(self.config.num_latents if num_latents is None else num_latents, length)
+            if not 1 <= latents <= self.config.num_latents:
+                raise ValueError(f"num_latents ({num_latents}) must lie in 1..{self.config.num_latents}.")
+            states = self._compute(inputs_embeds, position_ids, valid, latents, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
+
+    def _check_ids(self, input_ids: torch.LongTensor) -> None:
+        # An accelerator would stall for this check, and an embedding raises a device error there anyway.
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = torch.aminmax(input_ids)
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids run from {int(low)} to {int(high)}, outside the vocabulary of {self.config.vocab_size}."
+                )
+
+    def _valid_columns(self, attention_mask, seen: int, length: int, cached: bool) -> torch.Tensor | None:
+        """(B, T) bool of the new tokens, False for padding; `None` where none of them is."""
+        if attention_mask is None:
+            return None
+        if attention_mask.ndim != 2 or attention_mask.shape[1] != seen + length:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} is not (batch, {seen} cached + {length} new)."
+            )
+        valid = attention_mask[:, seen:].bool()
+        if bool(valid.all()):
+            return None
+        # With a cache a first chunk may be padding alone; what comes after a token may not.
+        ended = (attention_mask[:, 1:] < attention_mask[:, :-1]).any() if cached else ~valid[:, -1].all()
+        if bool(ended):
+            raise ValueError(
+                "attention_mask has padding at the end of a row, or nothing else in it: PerceiverS computes the last "
+                "positions. Pad on the left (tokenizer.padding_side = 'left'), and give every row a token."
+            )
+        return valid
+
+    def _compute(self, embeddings, position_ids, valid, latents: int, **kwargs) -> torch.Tensor:
+        """States of the last `latents` positions, without a cache."""
+        length = embeddings.shape[1]
+        first = length - latents
+        tables = self.rotary_emb(embeddings, position_ids)
+        own_tables = tuple(table[:, first:] for table in tables)
+        states = embeddings[:, first:]
+        for scale, layer in zip(self.config.cross_scales, self.cross_layers, strict=True):
+            plan = plan_cross(self.config, scale, length, latents, window=first, valid=valid)
+            states = layer(
+                states,
+                plan,
+                own_tables,
+                context=embeddings[:, plan.start :],
+                context_tables=tuple(table[:, plan.start :] for table in tables),
+                **kwargs,
+            )
+        plan = AttentionPlan(first, latents, latents, valid=None if valid is None else valid[:, first:])
+        for layer in self.layers:
+            states = layer(states, plan, own_tables, **kwargs)
+        return self.norm(states)
+
+    def _extend(self, embeddings, position_ids, valid, cache: PerceiverSCache, keep: int, **kwargs) -> torch.Tensor:
+        """States of the last `keep` new tokens (0: of the last window's), each computed in its own window."""
+        seen = cache.tokens_seen
+        cache.append(embeddings, position_ids, valid)
+        tables = self.rotary_emb(embeddings, position_ids)
+        for layer, store in zip(self.cross_layers, cache.cross_layers, strict=True):
+            store.update(*layer.context_keys_values(embeddings, tables))
+        stop = cache.tokens_seen
+        wanted = max(seen, stop - keep if keep else cache.window_start(stop - 1))
+        parts = []
+        while wanted < stop:
+            window = cache.window_start(wanted)
+            end = min(stop, window + cache.num_latents)
+            parts.append(self._run_window(cache, window, end, **kwargs)[:, wanted - end :])
+            wanted = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _run_window(self, cache: PerceiverSCache, window: int, end: int, **kwargs) -> torch.Tensor:
+        """States of the columns up to `end` that the window starting at `window` has not computed yet."""
+        kept = cache.start_window(window) if window != cache.window else None
+        start = cache.computed
+        states = self._cross(cache, start if kept is None else start + kept.shape[1], end, **kwargs)
+        if kept is not None:
+            states = torch.cat((kept, states), dim=1)
+        cache.keep_latents(states, start)
+        tables = self.rotary_emb(states, cache.columns("positions", start, end))
+        valid = cache.valid_columns(end)
+        valid = None if valid is None else valid[:, window:]
+        plan = AttentionPlan(window, end - window, end - start, valid=valid)
+        for layer, store in zip(self.layers, cache.self_layers, strict=True):
+            states = layer(states, plan, tables, cache_layer=store, **kwargs)
+        cache.computed = end
+        return self.norm(states)
+
+    def _cross(self, cache: PerceiverSCache, start: int, end: int, **kwargs) -> torch.Tensor:
+        """Cross-attended latents of the columns `start ... end` of the cache's window."""
+        window = cache.window
+        states = cache.columns("embeddings", start, end)
+        tables = self.rotary_emb(states, cache.columns("positions", start, end))
+        stream = self.config.cross_kv_source == "stream"
+        if stream:
+            self._leave_stream(cache, window)
+        for scale, layer, store in zip(self.config.cross_scales, self.cross_layers, cache.cross_layers, strict=True):
+            if stream:
+                store.overwrite(start, *layer.stream_keys_values(states, tables))
+            plan = plan_cross(
+                self.config,
+                scale,
+                end,
+                end - start,
+                window,
+                cache.context_start(window),
+                cache.valid_columns(end),
+            )
+            keys_values = (store.keys[:, :, plan.start : end], store.values[:, :, plan.start : end])
+            states = layer(states, plan, tables, keys_values=keys_values, **kwargs)
+        return states
+
+    def _leave_stream(self, cache: PerceiverSCache, window: int) -> None:
+        """Give columns that were latents and now come before the window the keys and values of context again."""
+        if cache.stream_from < window:
+            rows = cache.columns("embeddings", cache.stream_from, window)
+            tables = self.rotary_emb(rows, cache.columns("positions", cache.stream_from, window))
+            for layer, store in zip(self.cross_layers, cache.cross_layers, strict=True):
+                store.overwrite(cache.stream_from, *layer.context_keys_values(rows, tables))
+        cache.stream_from = window
+
+
+class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
+    """PerceiverS with its language-model head; `generate()` builds `PerceiverSCache` and keeps events valid."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: PerceiverSConfig):
+        super().__init__(config)
+        self.model = PerceiverSModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        # With this flag on, loading would drop the entries that are our own: refill_length, midi_grammar.
+        self.generation_config._from_model_config = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_latents: int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `PerceiverSModel.forward`, with `labels` (B, T), aligned with the tokens as everywhere (-100: ignored).
+
+        Returns logits (B, n, vocab_size) of the last n positions. With labels and T > N the last token is a target
+        only: the N latents before it predict `labels[:, -N:]`, so that T may be `max_position_embeddings + 1`. The loss
+        is the mean in nats per token over the latents' targets; set the labels of other tokens to -100, as
+        `SegmentDataset` does: `Trainer` counts them.
+        """
+        shift_labels = None
+        if labels is not None:
+            tokens = labels.shape[1]
+            if tokens > self.config.num_latents:
+                latents = num_latents or self.config.num_latents
+                shift_labels = labels[:, -latents:].contiguous()
+                input_ids, attention_mask, position_ids, inputs_embeds = (
+                    None if given is None else given[:, :-1]
+                    for given in (input_ids, attention_mask, position_ids, inputs_embeds)
+                )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_latents=num_latents,
+            outputs_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: PerceiverS decodes with its own "
+                "PerceiverSCache; leave cache_implementation out."
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool((mask != 0).any(-1).all()):
+            raise ValueError("attention_mask holds a row of padding alone: give every row of the prompt a token.")
+        cache = PerceiverSCache(self.config, getattr(generation_config, "refill_length", None))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if self.config.grammar is not None and getattr(generation_config, "midi_grammar", True):
+            # First: a top-k or top-p filter must choose among valid tokens, or it may leave none.
+            processors.insert(0, PerformanceGrammarLogitsProcessor(self.config, generation_config.max_length))
+        return processors
+
+
+__all__ = ["PerceiverSForCausalLM", "PerceiverSModel", "PerceiverSPreTrainedModel"]
