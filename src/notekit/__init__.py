@@ -1,4 +1,9 @@
 """notekit: what surrounds the models and both families share: notes, MIDI, pictures, audio, training, command line."""
 
-# Sampling defaults of every command: with a small model, cooler and narrower than its own distribution keeps the key.
+# Lengths where nobody asks for others: of a piece and of a prompt, in bars (SAGE-Music) and seconds (PerceiverS).
+BARS, PROMPT_BARS = 16, 4
+SECONDS, PROMPT_SECONDS = 60.0, 20.0
+
+# What training writes into a checkpoint's generation_config.json, where every command takes its defaults from: with a
+# small model, cooler and narrower than its own distribution keeps the key.
 TEMPERATURE, TOP_P = 0.9, 0.95

@@ -16,6 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 
+CONTEXTS = (512, 2048, 8192)
+
 
 def stock_llama(config: SageMusicConfig, context: int) -> LlamaForCausalLM:
     """A stock Llama with the same width, depth, heads and vocabulary, and one key-value head per query head."""
@@ -65,19 +67,25 @@ class _Clock(BaseStreamer):
         pass
 
 
-def decode_seconds(model, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """(time to the first token, median time of the later tokens) in seconds of one `generate()` call."""
+def token_seconds(model, ids: torch.Tensor, tokens: int, **options) -> list[float]:
+    """Seconds that each of `tokens` tokens took in one greedy `generate()` call; the prompt counts to the first."""
     clock = _Clock()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens + 1,
-        min_new_tokens=tokens + 1,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
         do_sample=False,
         streamer=clock,
+        **options,
     )
-    prompt, first, *later = clock.times
-    return first - prompt, statistics.median(np.diff([first, *later]).tolist())
+    return np.diff(clock.times).tolist()
+
+
+def decode_seconds(model, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """(time to the first token, median time of the `tokens` tokens after it) in seconds of one `generate()` call."""
+    first, *later = token_seconds(model, ids, tokens + 1)
+    return first, statistics.median(later)
 
 
 def cache_bytes(model, ids: torch.Tensor) -> float:
@@ -91,6 +99,26 @@ def cache_bytes(model, ids: torch.Tensor) -> float:
         rows = getattr(layer, "length", 0) or rows
         total += 2 * layer.keys[:, :, :rows].numel() * layer.keys.element_size()
     return total / ids.shape[1]
+
+
+def machine() -> dict:
+    """What was measured on, JSON-ready."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def machine_line(found: dict) -> str:
+    """The `machine()` of a result in words."""
+    return f"{found['threads']} threads of {found['cores']} cores, torch {found['torch']}"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
 
 
 def compare(model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer, contexts, tokens: int, rounds: int) -> dict:
@@ -128,12 +156,7 @@ def compare(model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer, contexts
         ratio["speed_ratio"] = round(full["ms_per_token"] / ratio["ms_per_token"], 2)
         ratio["cache_ratio"] = round(full["cache_bytes_per_token"] / ratio["cache_bytes_per_token"], 1)
     return {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "shape": {
             "parameters": model.num_parameters(),
             "hidden_size": config.hidden_size,
@@ -147,18 +170,22 @@ def compare(model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer, contexts
 
 def table(result: dict) -> str:
     """The result as a Markdown table."""
-    lines = [
-        f"{result['shape']['parameters']:,} parameters, hidden size {result['shape']['hidden_size']}, "
-        f"{result['shape']['layers']} layers, {result['shape']['heads']} heads; {result['machine']['threads']} threads "
-        f"of {result['machine']['cores']} cores, torch {result['machine']['torch']}",
-        "",
-        "| context | model | tokens/s | ms/token | speed | prefill tokens/s | cache bytes/token | cache |",
-        "|---|---|---|---|---|---|---|---|",
+    shape = result["shape"]
+    columns = ["context", "model", "tokens/s", "ms/token", "speed", "prefill tokens/s", "cache bytes/token", "cache"]
+    rows = [
+        [
+            f"{row['context']:,}",
+            row["model"],
+            f"{row['tokens_per_second']}",
+            f"{row['ms_per_token']}",
+            f"{row.get('speed_ratio', 1)} x",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['cache_bytes_per_token']:,}",
+            f"1/{row.get('cache_ratio', 1)}",
+        ]
+        for row in result["rows"]
     ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['context']:,} | {row['model']} | {row['tokens_per_second']} | {row['ms_per_token']} "
-            f"| {row.get('speed_ratio', 1)} x | {row['prefill_tokens_per_second']:,.0f} "
-            f"| {row['cache_bytes_per_token']:,} | 1/{row.get('cache_ratio', 1)} |"
-        )
-    return "\n".join(lines)
+    return (
+        f"{shape['parameters']:,} parameters, hidden size {shape['hidden_size']}, {shape['layers']} layers, "
+        f"{shape['heads']} heads; {machine_line(result['machine'])}\n\n{markdown(columns, rows)}"
+    )

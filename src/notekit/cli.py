@@ -2,18 +2,36 @@
 
 Results go to stdout (`--json`: one JSON object), progress and remarks to stderr. A wrong argument or input ends with
 one line on stderr and exit code 2.
+
+The checkpoint decides the family: SAGE-Music counts in bars, PerceiverS in seconds. An option that only the other
+family has ends the command.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
-from . import TEMPERATURE, TOP_P
-from .midi import InvalidMidiError, read_score, write_midi
+from . import BARS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from .midi import InvalidMidiError, describe, read_score, write_midi
 from .render import MissingExtraError, render_piano_roll, render_wav
+
+# Families by model_type: the name, and the options that only this family has (their default is None: not given).
+FAMILIES = {
+    "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free")),
+    "perceivers": ("PerceiverS", ("minutes", "max_tokens", "prompt_seconds")),
+}
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def positive_int(text: str) -> int:
@@ -47,108 +65,154 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def with_model(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--model", help="checkpoint folder or Hub name (default: the bundled one)")
+        add_model(sub)
         sub.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's)")
 
-    def with_sampling(sub: argparse.ArgumentParser) -> None:
+    def add_model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", help="sage-music (default), perceivers, a checkpoint folder or a Hub name")
+
+    def with_sampling(sub: argparse.ArgumentParser, continues: bool) -> None:
         with_model(sub)
-        sub.add_argument("--bars", type=positive_int, default=16, help="bars to write (default: %(default)s)")
-        sub.add_argument(
-            "--temperature", type=float, default=TEMPERATURE, help="0: the likeliest token (default: %(default)s)"
-        )
-        sub.add_argument("--top-p", type=float, default=TOP_P, help="nucleus sampling (default: %(default)s)")
-        sub.add_argument("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
-        sub.add_argument("--num", type=positive_int, default=1, help="pieces to write, seeds counting up")
-        sub.add_argument("--programs", type=program_list, help="only these programs, as in 0,33,drums")
-        sub.add_argument("--out", type=Path, help="MIDI file to write (default: out/NAME.mid)")
-        sub.add_argument("--wav", action="store_true", help="write the sound beside it")
-        sub.add_argument("--png", action="store_true", help="write the piano roll beside it")
+        add = sub.add_argument
+        add("--temperature", type=float, help="0: the likeliest token (default: the checkpoint's)")
+        add("--top-p", type=float, help="nucleus sampling (default: the checkpoint's)")
+        add("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
+        add("--num", type=positive_int, default=1, help="pieces to write, seeds counting up")
+        add("--out", type=Path, help="MIDI file to write (default: out/NAME.mid)")
+        add("--wav", action="store_true", help="write the sound beside it")
+        add("--png", action="store_true", help="write the piano roll beside it")
+        add = sub.add_argument_group("SAGE-Music").add_argument
+        add("--bars", type=positive_int, help=f"bars to write (default: {BARS})")
+        add("--programs", type=program_list, help="only these programs, as in 0,33,drums")
+        if continues:
+            add("--prompt-bars", type=positive_int, help=f"bars to keep (default: {PROMPT_BARS})")
+            free = "allow instruments, meters, tempos the prompt has not"
+            add("--free", action="store_true", default=None, help=free)
+        else:
+            add("--tempo", type=float, help="quarter notes per minute, held throughout (default: the model's)")
+            add("--time-signature", help="such as 3/4 (default: the model's, or 4/4 with --tempo)")
+        add = sub.add_argument_group("PerceiverS").add_argument
+        add("--minutes", type=positive_float, help=f"length of the new music (default: {SECONDS / 60:g})")
+        add("--max-tokens", type=positive_int, help="tokens to write at most; alone, the model ends the piece")
+        if continues:
+            add("--prompt-seconds", type=positive_float, help=f"seconds to keep (default: {PROMPT_SECONDS:g})")
 
     sub = command("generate", run_generate, "Write a piece from nothing.")
-    with_sampling(sub)
-    sub.add_argument("--tempo", type=float, help="quarter notes per minute, held throughout (default: the model's)")
-    sub.add_argument("--time-signature", help="such as 3/4 (default: the model's, or 4/4 with --tempo)")
+    with_sampling(sub, continues=False)
 
-    sub = command("continue", run_continue, "Continue the first bars of a MIDI file.")
+    sub = command("continue", run_continue, "Continue the beginning of a MIDI file.")
     sub.add_argument("prompt", type=Path, metavar="PROMPT.mid")
-    sub.add_argument("--prompt-bars", type=positive_int, default=4, help="bars to keep (default: %(default)s)")
-    sub.add_argument("--free", action="store_true", help="allow instruments, meters, tempos the prompt has not")
-    with_sampling(sub)
+    with_sampling(sub, continues=True)
 
     sub = command("render", run_render, "Write the sound (.wav) and picture (.png) of a MIDI file.")
     sub.add_argument("file", type=Path, metavar="FILE.mid")
     sub.add_argument("--out", type=Path, help="folder to write to (default: beside the file)")
 
-    sub = command("info", run_info, "Describe a checkpoint: size, vocabulary, attribute groups, cache.")
-    sub.add_argument("--model", help="checkpoint folder or Hub name (default: the bundled one)")
+    add_model(command("info", run_info, "Describe a checkpoint: size, vocabulary, attention, cache."))
 
-    sub = command("bench", run_bench, "Compare decoding speed with a stock Llama of the same shape.")
+    sub = command("bench", run_bench, "Compare speed with a stock model of the same shape: Llama, Perceiver AR.")
     with_model(sub)
-    sub.add_argument("--contexts", type=positive_int, nargs="+", default=[512, 2048, 8192])
+    sub.add_argument(
+        "--contexts", type=positive_int, nargs="+", help="default: 512 2048 8192; PerceiverS: 2048 8192 32768"
+    )
     sub.add_argument("--tokens", type=positive_int, default=48, help="tokens decoded a round (default: %(default)s)")
     sub.add_argument("--rounds", type=positive_int, default=3, help="interleaved rounds (default: %(default)s)")
+    sub = sub.add_argument_group("PerceiverS (fixed shapes, random weights)").add_mutually_exclusive_group()
+    sub.add_argument("--paper", action="store_true", help="instead: speed and memory at the paper's size")
+    sub.add_argument("--memory", action="store_true", help="instead: memory of a training step at the default size")
     return parser
 
 
 def run_generate(args) -> dict:
-    from .compose import generate_piece
-
-    def write(model, tokenizer, **options):
-        return generate_piece(model, tokenizer, tempo=args.tempo, time_signature=args.time_signature, **options)
-
-    return _compose(args, write, "generated")
+    return _write_pieces(args, "generated")
 
 
 def run_continue(args) -> dict:
-    from .compose import continue_score
-
-    score = read_score(args.prompt)  # before the model loads: a wrong file should not have to wait
-
-    def write(model, tokenizer, **options):
-        return continue_score(model, tokenizer, score, prompt_bars=args.prompt_bars, free=args.free, **options)
-
-    return _compose(args, write, "continuation")
+    with warnings.catch_warnings(action="ignore"):  # they are said when the prompt is used
+        read_score(args.prompt)  # before the model loads: a wrong file should not have to wait
+    return _write_pieces(args, "continuation", args.prompt)
 
 
-def _compose(args, write, name: str) -> dict:
+def family_options(args, family: str) -> dict:
+    """The given options that only this family has, as arguments of its functions.
+
+    Raises:
+        ValueError: an option that only another family has.
+    """
+    for other, (name, options) in FAMILIES.items():
+        for option in options:
+            if other != family and getattr(args, option, None) is not None:
+                own_name, own = FAMILIES[family]
+                own = ", ".join(_flag(option) for option in own if hasattr(args, option))
+                raise ValueError(f"{_flag(option)} is an option of {name}; this checkpoint is {own_name}, with {own}.")
+    given = {option: getattr(args, option, None) for option in FAMILIES[family][1]}
+    given = {option: value for option, value in given.items() if value is not None}
+    if "minutes" in given:
+        given["seconds"] = 60 * given.pop("minutes")
+    elif "max_tokens" in given:
+        given["seconds"] = None
+    return given
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
     from tqdm import tqdm
 
-    from .compose import describe, load
+    from .checkpoint import load
 
     _set_threads(args)
     model, tokenizer = load(args.model)
+    by_seconds = model.config.model_type == "perceivers"
+    options = family_options(args, model.config.model_type)
+    if by_seconds:
+        from .perform import continue_performance as go_on
+        from .perform import generate_performance as begin
+
+        total = options.get("seconds", SECONDS)
+    else:
+        from .compose import continue_score as go_on
+        from .compose import generate_piece as begin
+
+        total = options.get("bars", BARS)
+    write = partial(begin, model, tokenizer) if prompt is None else partial(go_on, model, tokenizer, prompt)
+    bar_options = {
+        "total": None if total is None else round(total),
+        "unit": "s" if by_seconds else "bar",
+        "leave": False,
+        "disable": not sys.stderr.isatty(),
+    }
     out = args.out or Path("out") / f"{name}.mid"
     pieces = []
     for index in range(args.num):
         path = out if args.num == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
-        with tqdm(total=args.bars, unit="bar", desc=path.name, leave=False, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(desc=path.name, **bar_options) as bar:
 
-            def progress(bars: int, notes: int, bar=bar) -> None:
+            def progress(done: float, notes: int, bar=bar) -> None:
                 bar.set_postfix_str(f"{notes / max(bar.format_dict['elapsed'], 1e-9):.0f} notes/s", refresh=False)
-                bar.update(bars - bar.n)
+                bar.update(int(done) - bar.n)
 
             piece = write(
-                model,
-                tokenizer,
-                bars=args.bars,
                 temperature=args.temperature,
                 top_p=args.top_p,
                 seed=args.seed + index,
-                programs=args.programs,
                 progress=progress,
+                **options,
             )
         files = [write_midi(path, piece.score)]
         if args.wav:
             files.append(render_wav(path.with_suffix(".wav"), piece.score))
+        end = piece.prompt_seconds if by_seconds else piece.prompt_end_s
         if args.png:
-            end = piece.prompt_end_s if piece.prompt_bars else None
-            files.append(render_piano_roll(path.with_suffix(".png"), piece.score, prompt_end_s=end))
+            files.append(render_piano_roll(path.with_suffix(".png"), piece.score, end or None, in_seconds=by_seconds))
+        counts = ("prompt_seconds", "tokens") if by_seconds else ("prompt_bars", "bars")
         pieces.append(
             {
                 "files": [str(file) for file in files],
                 "seed": args.seed + index,
-                "prompt_bars": piece.prompt_bars,
-                "bars": piece.bars,
+                **{count: getattr(piece, count) for count in counts},
                 "notes": piece.notes,
                 "seconds": round(piece.seconds, 3),
                 "notes_per_second": round(piece.notes_per_second, 1),
@@ -162,8 +226,8 @@ def _compose(args, write, name: str) -> dict:
                 print(f"note: {remark}", file=sys.stderr)
             print(f"wrote {', '.join(map(str, files))}")
             print(
-                f"  {piece.bars} bars, {piece.notes} notes, {piece.music_seconds:.1f} s of music in "
-                f"{piece.seconds:.1f} s: {piece.notes_per_second:.0f} notes/s"
+                f"  {getattr(piece, counts[1])} {counts[1]}, {piece.notes} notes, {piece.music_seconds:.1f} s of music "
+                f"in {piece.seconds:.1f} s: {piece.notes_per_second:.0f} notes/s"
             )
             print(f"  {', '.join(describe(piece.score))}")
     return {"pieces": pieces}
@@ -182,28 +246,50 @@ def run_render(args) -> dict:
 
 
 def run_info(args) -> dict:
-    from .compose import load
+    from .checkpoint import load
 
     model, tokenizer = load(args.model)
+    family_info = _info_perceivers if model.config.model_type == "perceivers" else _info_sage_music
+    info = {
+        "model": args.model or "bundled",
+        "family": FAMILIES[model.config.model_type][0],
+        "parameters": model.num_parameters(),
+        "layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "query_heads": model.config.num_attention_heads,
+        "context": model.config.max_position_embeddings,
+        "vocabulary": tokenizer.vocab_size,
+        **family_info(model, tokenizer),
+    }
+    if not args.json:
+        for key, value in info.items():
+            print(f"{key.replace('_', ' ')}: {_shown(value)}")
+    return info
+
+
+def _shown(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{k} {v}" if not isinstance(v, dict) else f"{k} ({v['tokens']} tokens, {v['query_heads']} heads)"
+            for k, v in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join("all" if part is None else f"{part:,}" for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _info_sage_music(model, tokenizer) -> dict:
     config = model.config
     types: dict[str, int] = {}
     for token in tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size)):
         kind = token.split("_")[0] if "+" not in token else "merged"
         types[kind] = types.get(kind, 0) + 1
     heads = config.query_heads_per_attribute or [config.num_attention_heads] * len(config.attribute_names)
-    element = next(model.parameters()).element_size()
-    row = 2 * config.head_dim * element * config.num_hidden_layers
-    info = {
-        "model": args.model or "bundled",
-        "parameters": model.num_parameters(),
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "query_heads": config.num_attention_heads,
+    row = 2 * config.head_dim * next(model.parameters()).element_size() * config.num_hidden_layers
+    return {
+        "token_types": types,
         "key_value_heads_per_token": config.num_key_value_heads,
         "kv_routing": config.kv_routing,
-        "context": config.max_position_embeddings,
-        "vocabulary": tokenizer.vocab_size,
-        "token_types": types,
         "attribute_groups": {
             name: {"tokens": config.token_attribute_ids.count(index), "query_heads": heads[index]}
             for index, name in enumerate(config.attribute_names)
@@ -211,27 +297,53 @@ def run_info(args) -> dict:
         "cache_bytes_per_token": config.num_key_value_heads * row,
         "cache_bytes_per_token_full_heads": config.num_attention_heads * row,
     }
-    if not args.json:
-        for key, value in info.items():
-            shown = value
-            if isinstance(value, dict):
-                shown = ", ".join(
-                    f"{k} {v}" if not isinstance(v, dict) else f"{k} ({v['tokens']} tokens, {v['query_heads']} heads)"
-                    for k, v in value.items()
-                )
-            print(
-                f"{key.replace('_', ' ')}: {shown:,}" if isinstance(shown, int) else f"{key.replace('_', ' ')}: {shown}"
-            )
-    return info
+
+
+def _info_perceivers(model, tokenizer) -> dict:
+    from perceivers import PerceiverSCache
+
+    config = model.config
+    grammar = tokenizer.config_fields()["grammar"]
+    kinds = {kind: grammar[kind][1] - grammar[kind][0] for kind in ("note_on", "note_off", "time_shift", "velocity")}
+    # Keys and values of one position in one layer.
+    row = 2 * config.num_attention_heads * config.head_dim * next(model.parameters()).element_size()
+    return {
+        "token_types": {**kinds, "special": tokenizer.vocab_size - sum(kinds.values())},
+        "latents": config.num_latents,
+        "cross_layers": len(config.cross_scales),
+        "cross_scales": config.cross_scales,
+        "scale_mask": config.scale_mask,
+        "refill_length": PerceiverSCache(config, getattr(model.generation_config, "refill_length", None)).refill_length,
+        "cross_cache_bytes_per_token": len(config.cross_scales) * row,
+        "latent_cache_bytes": config.num_latents * config.num_hidden_layers * row,
+    }
 
 
 def run_bench(args) -> dict:
-    from .bench import compare, table
-    from .compose import load
-
     _set_threads(args)
+    if args.model == "perceivers":  # no checkpoint is read
+        return _bench_perceivers(args)
+    from .bench import CONTEXTS, compare, table
+    from .checkpoint import load
+
     model, tokenizer = load(args.model)
-    result = compare(model, tokenizer, args.contexts, args.tokens, args.rounds)
+    if model.config.model_type == "perceivers":
+        return _bench_perceivers(args)
+    if args.paper or args.memory:
+        raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
+    result = compare(model, tokenizer, args.contexts or CONTEXTS, args.tokens, args.rounds)
+    if not args.json:
+        print(table(result))
+    return result
+
+
+def _bench_perceivers(args) -> dict:
+    from .bench_perceivers import CONTEXTS, compare, in_fresh_process, paper_size, table, training_memory
+
+    if args.paper or args.memory:
+        result = in_fresh_process(paper_size if args.paper else training_memory)
+    else:
+        result = compare(args.contexts or CONTEXTS, args.tokens, args.rounds)
     if not args.json:
         print(table(result))
     return result

@@ -1,6 +1,7 @@
 """Music from a checkpoint: unprompted pieces and continuations, counted in bars, of any length.
 
-from notekit.compose import continue_score, load
+from notekit.checkpoint import load
+from notekit.compose import continue_score
 model, tokenizer = load()
 piece = continue_score(model, tokenizer, "prompt.mid", prompt_bars=4, bars=16, seed=0)
 piece.score.dump_midi("continuation.mid")
@@ -10,58 +11,37 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from symusic import Score, Tempo
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from sage_music import (
-    PRETRAINED,
     BarCountCriteria,
     MinBarsLogitsProcessor,
     NoDoubledNotesLogitsProcessor,
-    SageMusicConfig,
     SageMusicForCausalLM,
     SageMusicTokenizer,
 )
 
-from . import TEMPERATURE, TOP_P
+from . import BARS, PROMPT_BARS
 from .midi import bar_ticks, bar_times, read_score
-from .notes import instrument_name
+from .sampling import Generated, sampling_options, seeded
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that does not load whole; the message names the folder and what is wrong."""
-
-
-@dataclass
-class Piece:
-    """A generated piece.
+@dataclass(kw_only=True)
+class Piece(Generated):
+    """A generated piece, counted in bars.
 
     Attributes:
-        score: prompt (where there was one) and new music together.
-        ids: its token ids.
         prompt_bars, bars: bars of the prompt, and bars written after it.
-        notes: new notes.
-        seconds: wall time of the generation.
-        remarks: what was changed or left out on the way, in sentences for the user.
     """
 
-    score: Score
-    ids: list[int]
     prompt_bars: int
     bars: int
-    notes: int
-    seconds: float
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def notes_per_second(self) -> float:
-        return self.notes / self.seconds if self.seconds else 0.0
 
     @property
     def prompt_end_s(self) -> float:
@@ -75,55 +55,12 @@ class Piece:
         return float(bar_times(self.score, total + 1)[total]) - self.prompt_end_s
 
 
-def load(checkpoint: str | os.PathLike | None = None) -> tuple[SageMusicForCausalLM, SageMusicTokenizer]:
-    """Model (in evaluation mode) and tokenizer of a checkpoint folder or Hub name; the bundled one by default.
-
-    Raises:
-        CheckpointError: no such checkpoint, a missing or misshapen tensor, or a config that contradicts itself.
-    """
-    name = os.fspath(checkpoint) if checkpoint is not None else str(PRETRAINED)
-    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise CheckpointError(f"{name}: no such folder.")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        config = SageMusicConfig.from_pretrained(name)
-        if config.model_type != "sage_music":
-            raise CheckpointError(f"{name}: a checkpoint of the model type {config.model_type!r}, not 'sage_music'.")
-        tokenizer = SageMusicTokenizer.from_pretrained(name)
-        # Misshapen tensors are let through here to be named below.
-        model, info = SageMusicForCausalLM.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # Transformers, safetensors and the Hub raise a dozen kinds; all mean the same here
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{name}: this checkpoint cannot be loaded: {reason}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(
-                sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in info[kind])[:3]
-            )
-            raise CheckpointError(f"{name}: the weights have {kind.replace('_', ' ')}: {names}.")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.vocab_size}."
-        )
-    return model.eval(), tokenizer
-
-
 def continue_score(
     model: SageMusicForCausalLM,
     tokenizer: SageMusicTokenizer,
     prompt: "str | os.PathLike | bytes | Score",
-    prompt_bars: int = 4,
-    bars: int = 16,
+    prompt_bars: int = PROMPT_BARS,
+    bars: int = BARS,
     free: bool = False,
     programs: list[int] | None = None,
     **options,
@@ -167,7 +104,7 @@ def continue_score(
 def generate_piece(
     model: SageMusicForCausalLM,
     tokenizer: SageMusicTokenizer,
-    bars: int = 16,
+    bars: int = BARS,
     tempo: float | None = None,
     time_signature: str | None = None,
     programs: list[int] | None = None,
@@ -180,7 +117,7 @@ def generate_piece(
         tempo: quarter notes per minute, held throughout; the model's choice by default.
         time_signature: such as "4/4", held throughout; the model's choice by default (4/4 to begin with a tempo).
         programs: the only General MIDI programs to use (-1: drums).
-        temperature, top_p: sampling; `temperature=0` takes the likeliest token.
+        temperature, top_p: sampling, the checkpoint's own by default; `temperature=0` takes the likeliest token.
         seed: same seed, same piece.
         progress: called as `progress(bars_done, notes)` after every bar.
 
@@ -215,26 +152,20 @@ def _extend(
     bars: int,
     remarks: list[str],
     allowed: dict[str, set[str]],
-    temperature: float = TEMPERATURE,
-    top_p: float = TOP_P,
+    temperature: float | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Piece:
-    if bars < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"bars {bars} must be positive, temperature {temperature} not negative, top_p {top_p} in 0..1."
-        )
+    if bars < 1:
+        raise ValueError(f"bars {bars} must be positive.")
+    sampling = sampling_options(temperature, top_p)
     forbidden = _forbidden(tokenizer, allowed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if temperature == 0:
-        sampling = {"do_sample": False}
     counter = BarCountCriteria(model.config, 0)
     notes_of = np.array(model.config.grammar["notes"])
     start, total = len(ids), prompt_bars + bars
     begin = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         done = int(counter.count(torch.tensor([ids])))
         while done <= total:
             window, cut = _window(model, tokenizer, ids)
@@ -380,9 +311,3 @@ def _restore_tempos(score: Score, source: Score, prompt_bars: int) -> None:
         exact.insert(0, Tempo(0, 120))  # what a MIDI file without a tempo means
     later = [Tempo(t.time, t.qpm) for t in score.tempos if t.time >= end]
     score.tempos = type(score.tempos)(exact + later)
-
-
-def describe(score: Score) -> list[str]:
-    """Instruments of a score, most notes first: `"Acoustic Grand Piano (212 notes)"`."""
-    tracks = sorted(score.tracks, key=lambda track: -len(track.notes))
-    return [f"{instrument_name(-1 if t.is_drum else t.program)} ({len(t.notes)} notes)" for t in tracks]

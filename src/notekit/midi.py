@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-from .notes import NOTE_DTYPE, check_notes
+from .notes import NOTE_DTYPE, check_notes, instrument_name
 
 # Longer than any music; what lies beyond is a broken delta time that would become millions of empty bars.
 MAX_QUARTERS = 100_000
@@ -144,6 +144,12 @@ def tick_to_seconds(score: Score, ticks: np.ndarray) -> np.ndarray:
 def bar_times(score: Score, at_least: int = 0) -> np.ndarray:
     """Seconds of the bar lines of `bar_ticks`."""
     return tick_to_seconds(score, bar_ticks(score, at_least))
+
+
+def describe(score: Score) -> list[str]:
+    """Instruments of a score, most notes first: `"Acoustic Grand Piano (212 notes)"`."""
+    tracks = sorted(score.tracks, key=lambda track: -len(track.notes))
+    return [f"{instrument_name(-1 if t.is_drum else t.program)} ({len(t.notes)} notes)" for t in tracks]
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> Path:

@@ -61,12 +61,17 @@ def render_wav(path: str | os.PathLike, score: Score, sample_rate: int = 44100) 
 
 
 def render_piano_roll(
-    path: str | os.PathLike, score: Score, prompt_end_s: float | None = None, title: str | None = None
+    path: str | os.PathLike,
+    score: Score,
+    prompt_end_s: float | None = None,
+    title: str | None = None,
+    in_seconds: bool = False,
 ) -> Path:
     """Write a piano-roll PNG: one colour per instrument, bar lines, the prompt shaded. Returns the path.
 
     Args:
         prompt_end_s: seconds at which the prompt ends and the continuation begins.
+        in_seconds: count seconds instead of bars, for performances, whose bars mean nothing.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -98,21 +103,23 @@ def render_piano_roll(
         alpha = 0.35 + 0.6 * chosen["velocity"] / 127
         axes.add_collection(PatchCollection(boxes, facecolor=colour, alpha=alpha, linewidth=0))
         handles.append(Patch(facecolor=colour, label=instrument_name(program)))
-    for number, time in enumerate(bars):
-        axes.axvline(time, color="black", linewidth=0.9 if number % 4 == 0 else 0.3, alpha=0.35, zorder=0)
+    if in_seconds:
+        axes.grid(axis="x", color="black", linewidth=0.3, alpha=0.35, zorder=0)
+    else:
+        for number, time in enumerate(bars):
+            axes.axvline(time, color="black", linewidth=0.9 if number % 4 == 0 else 0.3, alpha=0.35, zorder=0)
+        axes.set_xticks(bars[::4], [str(4 * i + 1) for i in range(len(bars[::4]))])
     if prompt_end_s is not None:
         axes.axvspan(0, prompt_end_s, color="#f2ead0", zorder=-1)
         axes.axvline(prompt_end_s, color="#a05a00", linewidth=1.6)
         for x, align, text in ((prompt_end_s, "right", "prompt  "), (prompt_end_s, "left", "  continuation")):
             axes.text(x, 1.0, text, ha=align, va="bottom", color="#a05a00", transform=axes.get_xaxis_transform())
-    shown = bars[::4]
-    axes.set_xticks(shown, [str(4 * i + 1) for i in range(len(shown))])
     low, high = (int(notes["pitch"].min()), int(notes["pitch"].max())) if len(notes) else (48, 72)
     axes.set_xlim(0, max(total, 1.0))
     axes.set_ylim(low - 2, high + 2)
     octaves = [pitch for pitch in range(0, 128, 12) if low - 2 <= pitch <= high + 2]
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
-    axes.set(xlabel="bar", ylabel="pitch")
+    axes.set(xlabel="second" if in_seconds else "bar", ylabel="pitch")
     if title:
         axes.set_title(title, loc="left")
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6) or 1, frameon=False)

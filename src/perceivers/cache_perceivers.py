@@ -57,8 +57,17 @@ class GrowingLayer(DynamicLayer):
         self.length = 0
 
 
+# Rows a buffer over the whole context has to spare when it is made: a prompt's would otherwise be copied whole for the
+# first new token.
+HEADROOM = 1024
+
+
 class ContextLayer(GrowingLayer):
     """A cross-attention layer's keys and values, whose rows may be written again."""
+
+    def reserve(self, rows: int) -> None:
+        if rows > self.keys.shape[2]:
+            super().reserve(rows + HEADROOM)
 
     def overwrite(self, start: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Put `(B, heads, n, head_dim)` at rows `start ...`, all in use."""
@@ -75,6 +84,9 @@ class PerceiverSCache(DynamicCache):
             refills less often and forgets more of the self-attention's past at once; `num_latents` moves the window at
             every token, which equals decoding without a cache, slowly.
         offloading: not supported; raises.
+
+    Columns are those of the padded batch: a row's windows start where the batch's do, so that the padding before a row
+    decides where its windows lie. `get_seq_length()` counts columns.
 
     What is kept, columns counted from the first token:
         layers: per cross-attention layer the rotated keys and values of every column; then per self-attention layer
@@ -163,7 +175,7 @@ class PerceiverSCache(DynamicCache):
         """Put `rows` (B, q, ...) at `start` of the named buffer, whose capacity doubles."""
         buffer, stop = self._buffers.get(name), start + rows.shape[1]
         if buffer is None or stop > buffer.shape[1]:
-            capacity = max(stop, 64) if buffer is None else max(stop, 2 * buffer.shape[1])
+            capacity = stop + HEADROOM if buffer is None else max(stop, 2 * buffer.shape[1])
             grown = rows.new_zeros(rows.shape[0], capacity, *rows.shape[2:])
             if buffer is not None:
                 grown[:, : buffer.shape[1]] = buffer

@@ -106,10 +106,10 @@ class PerformanceGrammarLogitsProcessor(LogitsProcessor):
 class DurationLogitsProcessor(LogitsProcessor):
     """Ends a piece at `seconds` of music, to 10 ms: the sum of all time shifts, those of the prompt included.
 
-    Until then token_end is forbidden, and so are time shifts beyond that time. From then on sounding notes are ended,
-    one after the other, then the piece. (A prompt that is longer already, or ends in the middle of a chord, may first
-    finish the note it has announced and let it last 10 ms.) Used beside `PerformanceGrammarLogitsProcessor`, one token
-    or more always stays possible.
+    Until then token_end is forbidden, and a time shift that would pass that time ends there. From then on sounding
+    notes are ended, one after the other, then the piece. (A prompt that is longer already, or ends in the middle of a
+    chord, may first finish the note it has announced and let it last 10 ms.) Used beside
+    `PerformanceGrammarLogitsProcessor`, one token or more always stays possible.
 
     Raises:
         ValueError: seconds is not positive, or the vocabulary has no token_end to end a piece with.
@@ -151,7 +151,21 @@ class DurationLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if input_ids.shape[1] == 0:  # generation from inputs_embeds: nothing is known of what came before
             return scores
-        return scores.masked_fill(~self.allowed(input_ids), -torch.inf)
+        return self._reach_the_end(input_ids, scores).masked_fill(~self.allowed(input_ids), -torch.inf)
+
+    def _reach_the_end(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores in which the shift that lands on the end has the probability of all that would reach it or pass it.
+
+        Forbidding the longer ones alone would hand their probability to notes, and crowd them into the last moment.
+        """
+        left = self.steps - self.music_steps(input_ids)
+        first, end = self.grammar["time_shift"]
+        steps = torch.arange(1, end - first + 1, device=scores.device)[None]
+        shifts = scores[:, first:end]
+        reaching = shifts.masked_fill(steps < left, -torch.inf).logsumexp(-1, keepdim=True)
+        scores = scores.clone()
+        scores[:, first:end] = torch.where(steps == left, reaching, shifts)
+        return scores
 
 
 __all__ = ["DurationLogitsProcessor", "PerformanceGrammarLogitsProcessor"]

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens given, n latents: the last min(N, T) positions, the on
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,20 @@ class PerceiverSMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
+@dataclass
+class Context:
+    """Rows of a context: `embeddings` (B, rows, hidden_size), and, where they are those of tokens and nothing else, the
+    tokens' `ids` (B, rows) and the embeddings of the `vocabulary` (vocab_size, hidden_size)."""
+
+    embeddings: torch.Tensor
+    ids: torch.Tensor | None = None
+    vocabulary: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int | None = None) -> "Context":
+        ids = None if self.ids is None else self.ids[:, start:stop]
+        return Context(self.embeddings[:, start:stop], ids, self.vocabulary)
+
+
 class PerceiverSCrossLayer(GradientCheckpointingLayer):
     """Cross-attention at one scale and an MLP, each added to the query stream (B, n, hidden_size)."""
 
@@ -102,13 +117,24 @@ class PerceiverSCrossLayer(GradientCheckpointingLayer):
         self.mlp_norm = make_norm(config)
         self.mlp = PerceiverSMLP(config)
 
-    def context_keys_values(self, context: torch.Tensor, tables) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of context embeddings (B, rows, hidden_size)."""
-        return self.attention.keys_values(self.kv_norm(context), tables)
+    def project(self, context: "Context") -> torch.Tensor:
+        """Keys and values, not rotated yet, of context rows: (B, rows, 2 * H * d).
+
+        A row's are a function of its token alone, so that many rows are looked up among the vocabulary's. In float32:
+        the gradient of a token that occurs a thousand times is a sum of a thousand.
+        """
+        if context.ids is None or context.ids.numel() < context.vocabulary.shape[0]:
+            return self.attention.kv_proj(self.kv_norm(context.embeddings))
+        table = self.attention.kv_proj(self.kv_norm(context.vocabulary))
+        return F.embedding(context.ids, table.float() if table.requires_grad else table).to(table.dtype)
+
+    def context_keys_values(self, context: "Context", tables) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, rows, d) of context rows."""
+        return self.attention.keys_values(self.project(context), tables)
 
     def stream_keys_values(self, hidden_states: torch.Tensor, tables) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the latents themselves (B, n, hidden_size), for `cross_kv_source="stream"`."""
-        return self.attention.keys_values(self.q_norm(hidden_states), tables)
+        return self.attention.keys_values(self.attention.kv_proj(self.q_norm(hidden_states)), tables)
 
     def forward(
         self,
@@ -116,17 +142,18 @@ class PerceiverSCrossLayer(GradientCheckpointingLayer):
         plan: AttentionPlan,
         tables: tuple[torch.Tensor, torch.Tensor],
         keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
-        context: torch.Tensor | None = None,
+        context: "Context | None" = None,
         context_tables: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Attend `keys_values` (B, H, plan.keys, d), or those of `context` embeddings (B, plan.keys, hidden_size)."""
+        """Attend `keys_values` (B, H, plan.keys, d), or those of the `plan.keys` rows of `context`."""
         queries = self.q_norm(hidden_states)
         if keys_values is None:
             if self.stream:
-                rows = torch.cat((self.kv_norm(context[:, : plan.prefix]), queries), dim=1)
+                prefix = self.project(context.rows(0, plan.prefix))
+                rows = torch.cat((prefix, self.attention.kv_proj(queries)), dim=1)
             else:
-                rows = self.kv_norm(context)
+                rows = self.project(context)
             keys_values = self.attention.keys_values(rows, context_tables)
         attended, _ = self.attention(queries, *keys_values, plan, tables, **kwargs)
         hidden_states = hidden_states + attended
@@ -251,13 +278,16 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
         if self.embed_positions is not None:
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
 
+        context = Context(inputs_embeds)
+        if input_ids is not None and self.embed_positions is None:
+            context = Context(inputs_embeds, input_ids, self.embed_tokens.weight)
         if past_key_values is not None:
-            states = self._extend(inputs_embeds, position_ids, valid, past_key_values, outputs_to_keep, **kwargs)
+            states = self._extend(context, position_ids, valid, past_key_values, outputs_to_keep, **kwargs)
         else:
             latents = min(self.config.num_latents if num_latents is None else num_latents, length)
             if not 1 <= latents <= self.config.num_latents:
                 raise ValueError(f"num_latents ({num_latents}) must lie in 1..{self.config.num_latents}.")
-            states = self._compute(inputs_embeds, position_ids, valid, latents, **kwargs)
+            states = self._compute(context, position_ids, valid, latents, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
     def _check_ids(self, input_ids: torch.LongTensor) -> None:
@@ -289,20 +319,20 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             )
         return valid
 
-    def _compute(self, embeddings, position_ids, valid, latents: int, **kwargs) -> torch.Tensor:
+    def _compute(self, context: Context, position_ids, valid, latents: int, **kwargs) -> torch.Tensor:
         """States of the last `latents` positions, without a cache."""
-        length = embeddings.shape[1]
+        length = context.embeddings.shape[1]
         first = length - latents
-        tables = self.rotary_emb(embeddings, position_ids)
+        tables = self.rotary_emb(context.embeddings, position_ids)
         own_tables = tuple(table[:, first:] for table in tables)
-        states = embeddings[:, first:]
+        states = context.embeddings[:, first:]
         for scale, layer in zip(self.config.cross_scales, self.cross_layers, strict=True):
             plan = plan_cross(self.config, scale, length, latents, window=first, valid=valid)
             states = layer(
                 states,
                 plan,
                 own_tables,
-                context=embeddings[:, plan.start :],
+                context=context.rows(plan.start),
                 context_tables=tuple(table[:, plan.start :] for table in tables),
                 **kwargs,
             )
@@ -311,13 +341,13 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             states = layer(states, plan, own_tables, **kwargs)
         return self.norm(states)
 
-    def _extend(self, embeddings, position_ids, valid, cache: PerceiverSCache, keep: int, **kwargs) -> torch.Tensor:
+    def _extend(self, context: Context, position_ids, valid, cache: PerceiverSCache, keep: int, **kwargs):
         """States of the last `keep` new tokens (0: of the last window's), each computed in its own window."""
         seen = cache.tokens_seen
-        cache.append(embeddings, position_ids, valid)
-        tables = self.rotary_emb(embeddings, position_ids)
+        cache.append(context.embeddings, position_ids, valid)
+        tables = self.rotary_emb(context.embeddings, position_ids)
         for layer, store in zip(self.cross_layers, cache.cross_layers, strict=True):
-            store.update(*layer.context_keys_values(embeddings, tables))
+            store.update(*layer.context_keys_values(context, tables))
         stop = cache.tokens_seen
         wanted = max(seen, stop - keep if keep else cache.window_start(stop - 1))
         parts = []
@@ -375,7 +405,7 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             rows = cache.columns("embeddings", cache.stream_from, window)
             tables = self.rotary_emb(rows, cache.columns("positions", cache.stream_from, window))
             for layer, store in zip(self.cross_layers, cache.cross_layers, strict=True):
-                store.overwrite(cache.stream_from, *layer.context_keys_values(rows, tables))
+                store.overwrite(cache.stream_from, *layer.context_keys_values(Context(rows), tables))
         cache.stream_from = window
 
 
@@ -415,9 +445,8 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
         """
         shift_labels = None
         if labels is not None:
-            tokens = labels.shape[1]
-            if tokens > self.config.num_latents:
-                latents = num_latents or self.config.num_latents
+            latents = num_latents or self.config.num_latents
+            if labels.shape[1] > latents:
                 shift_labels = labels[:, -latents:].contiguous()
                 input_ids, attention_mask, position_ids, inputs_embeds = (
                     None if given is None else given[:, :-1]
@@ -463,10 +492,24 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool((mask != 0).any(-1).all()):
             raise ValueError("attention_mask holds a row of padding alone: give every row of the prompt a token.")
+        limit = self.config.max_position_embeddings
+        if self.config.absolute_positions and max_cache_length > limit:
+            raise ValueError(
+                f"{max_cache_length} tokens were asked for, but this model has learned {limit} positions "
+                "(max_position_embeddings) and cannot go past them: shorten the prompt or max_new_tokens."
+            )
         cache = PerceiverSCache(self.config, getattr(generation_config, "refill_length", None))
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            # Its warning at the context's length is wrong here: the cache moves the context on.
+            if hasattr(criterion, "max_position_embeddings") and not self.config.absolute_positions:
+                criterion.max_position_embeddings = None
+        return criteria
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

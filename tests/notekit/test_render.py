@@ -31,6 +31,22 @@ def test_the_picture_shows_instruments_bars_and_prompt(tmp_path):
     assert len(columns) and columns.max() < 0.6 * told.shape[1]  # the first half only
 
 
+def test_the_picture_of_a_performance_counts_seconds(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), savefig(self, *args, **kw)))
+    render_piano_roll(tmp_path / "a.png", band(bars=4), prompt_end_s=3.0, in_seconds=True)
+    render_piano_roll(tmp_path / "b.png", band(bars=4), prompt_end_s=3.0)
+    (performance,), (piece,) = (figure.axes for figure in drawn)
+    assert (performance.get_xlabel(), piece.get_xlabel()) == ("second", "bar")
+    ticks = {
+        label.get_text(): at for at, label in zip(performance.get_xticks(), performance.get_xticklabels(), strict=True)
+    }
+    assert ticks["4"] == 4.0
+
+
 def test_missing_extras_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("SAGE_MUSIC_SOUNDFONT", str(tmp_path / "none.sf2"))
     with pytest.raises(MissingExtraError, match="SAGE_MUSIC_SOUNDFONT"):

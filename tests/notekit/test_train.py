@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import band
 
-from notekit.compose import generate_piece, load
+from notekit.checkpoint import load
+from notekit.compose import generate_piece
 from notekit.train import main, sum_of_nats
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 from perceivers.segmentation import SequentialDataset

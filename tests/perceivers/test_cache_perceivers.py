@@ -27,11 +27,6 @@ def padded(events, short=10):
     return ids, mask
 
 
-def last_length(model, length):
-    """A model with learned positions ends where they do."""
-    return min(length, model.config.max_position_embeddings) if model.config.absolute_positions else length
-
-
 def test_windows_by_hand():
     """N = 8, R = 4: a window takes in 5 tokens until it is full again, then starts 4 before the next."""
     cache = PerceiverSCache(tiny_perceivers().config, refill_length=4)
@@ -191,8 +186,10 @@ def test_bad_caches_are_refused(events):
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(events, max_new_tokens=2)
     absolute = tiny_perceivers("absolute", max_position_embeddings=48)
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        absolute.generate(events[:, :40], max_new_tokens=20, min_new_tokens=20)
+    cache = PerceiverSCache(absolute.config)
+    with torch.no_grad(), pytest.raises(ValueError, match="max_position_embeddings"):
+        absolute(events[:, :40], past_key_values=cache)
+        absolute(events[:, 40:50], past_key_values=cache)
 
 
 # ---- plain generate()
@@ -276,13 +273,32 @@ def test_refill_length_is_read_from_the_generation_config(events, tmp_path):
     assert not torch.equal(outputs[2], outputs[7])
 
 
-def test_padding_does_not_change_the_music(events):
+@pytest.mark.parametrize("padding", [10, 15])
+def test_padding_does_not_change_the_music(events, padding):
+    """By a multiple of the 5 tokens that a window takes in, it leaves the windows where they are."""
     model = free(tiny_perceivers().double())
-    together = model.generate(**prompts(events), do_sample=False, max_new_tokens=8, min_new_tokens=8)
-    alone = model.generate(events[1:, 9:24], do_sample=False, max_new_tokens=8, min_new_tokens=8)
-    # Windows are counted in columns: until a row's first refill both rows have theirs at the same place.
-    assert torch.equal(together[0, 24:], model.generate(events[:1, :24], do_sample=False, max_new_tokens=8)[0, 24:])
-    assert alone.shape[1] == 23
+    options = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}
+    ids, mask = padded(events[:, :40], padding)
+    together = model.generate(ids, attention_mask=mask, **options)
+    for row, start in ((0, 0), (1, padding)):
+        assert torch.equal(together[row : row + 1, start:], model.generate(events[row : row + 1, start:40], **options))
+
+
+def test_going_past_the_context_is_no_warning(events):
+    """Transformers warns at max_position_embeddings; this cache moves the context on."""
+    model = free(tiny_perceivers())
+    criteria = []
+    original = model._get_stopping_criteria
+    model._get_stopping_criteria = lambda *args, **kwargs: criteria.append(original(*args, **kwargs)) or criteria[-1]
+    assert model.generate(events[:1, :40], max_new_tokens=30, min_new_tokens=30).shape[1] == 70
+    assert [c.max_position_embeddings for c in criteria[0] if hasattr(c, "max_position_embeddings")] == [None]
+
+
+def test_learned_positions_end_before_anything_is_computed(events):
+    model = tiny_perceivers("absolute", max_position_embeddings=48)
+    with pytest.raises(ValueError, match="49 tokens were asked for, but this model has learned 48 positions"):
+        model.generate(events[:, :40], max_new_tokens=10)
+    assert model.generate(events[:1, :40], max_new_tokens=8).shape[1] <= 48
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 2.0}, {"num_beams": 3, "do_sample": False}])

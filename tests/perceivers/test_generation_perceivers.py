@@ -268,6 +268,17 @@ def test_both_limits_together_leave_a_token(config):
         sample(processors, prompt, 40, seed=trial)
 
 
+def test_the_end_draws_no_crowd(config):
+    """0.2 s before the end, the shift of 0.2 s has the probability of all that would reach or pass the end."""
+    processor = DurationLogitsProcessor(config, 1.0)
+    ids = torch.tensor([[BOS, 256 + 79]])  # 0.8 s
+    scores = torch.randn(1, 391, generator=torch.Generator().manual_seed(0))
+    before, after = scores.softmax(-1)[0], processor(ids, scores).softmax(-1)[0]
+    torch.testing.assert_close(after[256 + 19] / after[60], before[256 + 19 : 356].sum() / before[60])
+    torch.testing.assert_close(after[256 + 18] / after[60], before[256 + 18] / before[60])
+    assert not after[256 + 20 : 356].any()
+
+
 def test_before_its_time_a_piece_cannot_end(config):
     processor = DurationLogitsProcessor(config, 0.5)
     allowed = processor.allowed(torch.tensor([[BOS, 370, 60, 275, 188]]))[0]  # 0.2 s

@@ -184,9 +184,31 @@ def test_embeddings_instead_of_ids(performer, events):
         performer(events[:, :30], inputs_embeds=embeds)
 
 
+@pytest.mark.parametrize("kind", ["sliding", "stream", "absolute"])
+def test_keys_looked_up_by_token_are_those_of_the_embeddings(events, kind):
+    """With more tokens than the vocabulary has, keys and values are projected once a token; gradients add up alike."""
+    model = tiny_perceivers(kind, initializer_range=0.2).double()
+    ids = torch.cat([events, events.flip(1)])[:, :120].reshape(10, 48)
+    labels = torch.full_like(ids, -100)
+    labels[:, -8:] = ids[:, -8:]
+    results = []
+    for by_token in (True, False):
+        model.zero_grad()
+        embeds = None if by_token else model.model.embed_tokens(ids)
+        loss = model(ids if by_token else None, inputs_embeds=embeds, labels=labels).loss
+        loss.backward()
+        results.append((loss.detach(), model.model.embed_tokens.weight.grad.clone()))
+        results[-1] += (model.model.cross_layers[0].attention.kv_proj.weight.grad.clone(),)
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        cached = model(ids, use_cache=True, logits_to_keep=1).logits
+        embedded = model(inputs_embeds=model.model.embed_tokens(ids), use_cache=True, logits_to_keep=1).logits
+    torch.testing.assert_close(cached, embedded)
+
+
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_fewer_latents_can_be_asked_for(performer, events, n):
-    """Keys and values of embeddings do not depend on how many latents there are; those of the stream do."""
     got = logits(performer, events[:, :30], num_latents=n)
     assert got.shape[1] == n
     with pytest.raises(ValueError, match=r"num_latents \(9\)"):
