@@ -156,9 +156,7 @@ class PerceiverSCache(DynamicCache):
         """Take in new columns: embeddings (B, q, hidden_size), positions (B or 1, q), valid (B, q) bool or `None`."""
         batch, new, _ = embeddings.shape
         start, self.tokens_seen = self.tokens_seen, self.tokens_seen + new
-        if valid is not None and not self.has_padding:
-            self.has_padding = True
-            self._write("valid", torch.ones(batch, start, dtype=torch.bool, device=valid.device), 0)
+        self.has_padding = self.has_padding or valid is not None  # padding comes first, or never
         self._write("embeddings", embeddings, start)
         self._write("positions", positions.expand(batch, new), start)
         if self.has_padding:

@@ -1,5 +1,7 @@
 """The model: what a latent sees, padding, losses, attention kernels, checkpointing, saving, and configs refused."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import PERCEIVERS, tiny_perceivers
@@ -158,6 +160,18 @@ def test_loss_is_the_mean_over_the_latents_targets(performer, events):
         log_probabilities = logits(performer, short)[:, :-1].log_softmax(-1)
         expected = -log_probabilities.gather(2, short[:, 1:, None]).mean()
         torch.testing.assert_close(performer(short, labels=short).loss.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_training_step_has_no_graph_break(events):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    model = tiny_perceivers(initializer_range=0.1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    losses = [run(events[:, :40], labels=events[:, :40]).loss for run in (compiled, model)]
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+    losses[0].backward()
+    assert model.model.cross_layers[0].attention.kv_proj.weight.grad.abs().sum() > 0
 
 
 def test_a_segment_may_hold_one_token_more_than_the_context(events):
