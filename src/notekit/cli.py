@@ -16,14 +16,14 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from . import BARS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from . import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
 from .midi import InvalidMidiError, describe, read_score, write_midi
 from .render import MissingExtraError, render_piano_roll, render_wav
 
 # Families by model_type: the name, and the options that only this family has (their default is None: not given).
 FAMILIES = {
     "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free")),
-    "perceivers": ("PerceiverS", ("minutes", "max_tokens", "prompt_seconds")),
+    "perceivers": ("PerceiverS", ("minutes", "max_tokens", "max_note_seconds", "prompt_seconds")),
 }
 
 
@@ -94,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
         add = sub.add_argument_group("PerceiverS").add_argument
         add("--minutes", type=positive_float, help=f"length of the new music (default: {SECONDS / 60:g})")
         add("--max-tokens", type=positive_int, help="tokens to write at most; alone, the model ends the piece")
+        longest = f"end notes that sound so long; inf: never (default: {MAX_NOTE_SECONDS:g})"
+        add("--max-note-seconds", type=float, help=longest)
         if continues:
             add("--prompt-seconds", type=positive_float, help=f"seconds to keep (default: {PROMPT_SECONDS:g})")
 

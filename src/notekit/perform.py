@@ -19,9 +19,14 @@ from symusic import Score
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from perceivers import DurationLogitsProcessor, PerceiverSForCausalLM, PerceiverSTokenizer
+from perceivers import (
+    DurationLogitsProcessor,
+    NoteDurationLogitsProcessor,
+    PerceiverSForCausalLM,
+    PerceiverSTokenizer,
+)
 
-from . import PROMPT_SECONDS, SECONDS
+from . import MAX_NOTE_SECONDS, PROMPT_SECONDS, SECONDS
 from .midi import InvalidMidiError, read_score
 from .sampling import Generated, sampling_options, seeded
 
@@ -61,8 +66,8 @@ def continue_performance(
 
     Args:
         prompt: path, bytes or score; its instruments are played as one piano, without the drums.
-        options: `temperature`, `top_p`, `seed`, `progress`; these, `seconds` and `max_tokens` (both of the new music)
-            as for `generate_performance`.
+        options: `temperature`, `top_p`, `seed`, `max_note_seconds`, `progress`; these, `seconds` and `max_tokens` (both
+            of the new music) as for `generate_performance`.
 
     Raises:
         InvalidMidiError: the prompt cannot be read, or holds nothing for a piano.
@@ -112,6 +117,7 @@ def generate_performance(
         max_tokens: tokens to write at most; notes that sound by then are ended.
         temperature, top_p: sampling, the checkpoint's own by default; `temperature=0` takes the likeliest token.
         seed: same seed, same piece.
+        max_note_seconds: a note that has sounded for so long is ended; `None` leaves that to the model.
         progress: called as `progress(seconds_done, notes)` whenever the music's clock moves.
 
     Raises:
@@ -133,6 +139,7 @@ def _extend(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    max_note_seconds: float | None = MAX_NOTE_SECONDS,
     progress: Callable[[float, int], None] | None = None,
 ) -> Performance:
     """Go on after `ids`; the new music begins `start` steps into the piece, at the ids' own end or up to 1 s later."""
@@ -151,6 +158,8 @@ def _extend(
     processors = LogitsProcessorList()
     if seconds is not None:
         processors.append(DurationLogitsProcessor(model.config, clock.seconds(start) + seconds))
+    if max_note_seconds is not None:
+        processors.append(NoteDurationLogitsProcessor(model.config, max_note_seconds))
     if wait:
         processors.append(_FirstShift(len(ids), clock.shift(wait), clock.longest))
     begin = time.perf_counter()

@@ -7,7 +7,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache_perceivers import PerceiverSCache
 from .configuration_perceivers import PerceiverSConfig
-from .generation_perceivers import DurationLogitsProcessor, PerformanceGrammarLogitsProcessor
+from .generation_perceivers import (
+    DurationLogitsProcessor,
+    NoteDurationLogitsProcessor,
+    PerformanceGrammarLogitsProcessor,
+)
 from .modeling_perceivers import PerceiverSForCausalLM, PerceiverSModel, PerceiverSPreTrainedModel
 from .segmentation import SegmentCollator, SegmentDataset, SequentialDataset
 from .tokenization_perceivers import PerceiverSTokenizer
@@ -26,6 +30,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["perceivers"] = "PerceiverSForCausalLM"
 __all__ = [
     "PRETRAINED",
     "DurationLogitsProcessor",
+    "NoteDurationLogitsProcessor",
     "PerceiverSCache",
     "PerceiverSConfig",
     "PerceiverSForCausalLM",

@@ -20,6 +20,7 @@ class Keyboard(NamedTuple):
     fresh: torch.BoolTensor  # (B, 128): sounding since this very step, no time_shift after the note_on
     count: torch.LongTensor  # (B, 1): sounding keys
     any_fresh: torch.BoolTensor  # (B, 1)
+    struck: torch.LongTensor  # (B, 128): index of the key's last note_on, -1 without one
     has_velocity: torch.BoolTensor  # (B, 1): a velocity token has been said
     after_velocity: torch.BoolTensor  # (B, 1): it is the last token
 
@@ -34,9 +35,8 @@ class Keyboard(NamedTuple):
         sounding = on > off
         fresh = sounding & (on > shift.amax(-1, keepdim=True))
         said = velocity.amax(-1, keepdim=True)
-        return cls(
-            sounding, fresh, sounding.sum(-1, keepdim=True), fresh.any(-1, keepdim=True), said >= 0, said == length - 1
-        )
+        counts = sounding.sum(-1, keepdim=True), fresh.any(-1, keepdim=True)
+        return cls(sounding, fresh, *counts, on, said >= 0, said == length - 1)
 
 
 def _grammar_of(config) -> tuple[dict, list[int]]:
@@ -168,4 +168,42 @@ class DurationLogitsProcessor(LogitsProcessor):
         return scores
 
 
-__all__ = ["DurationLogitsProcessor", "PerformanceGrammarLogitsProcessor"]
+class NoteDurationLogitsProcessor(LogitsProcessor):
+    """Ends a note that has sounded for `seconds`, the next time that other processors let it end.
+
+    A small model forgets keys it holds: they would sound for minutes under all that follows. The note_off gets a score
+    that nothing else has, and no token is forbidden, so that this agrees with any other processor.
+
+    Raises:
+        ValueError: seconds is not positive.
+    """
+
+    CERTAIN = 1e4  # added to a score: more than logits differ, less than any dtype's limit
+
+    def __init__(self, config, seconds: float):
+        self.grammar, _ = _grammar_of(config)
+        if not seconds > 0:
+            raise ValueError(f"seconds must be a positive number, not {seconds}.")
+        self.vocab_size, self.steps = config.vocab_size, seconds / self.grammar["step_s"] - 1e-6
+        first, end = self.grammar["time_shift"]
+        self.steps_of = torch.zeros(self.vocab_size, dtype=torch.long)
+        self.steps_of[first:end] = torch.arange(1, end - first + 1)
+
+    def overdue(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """(B, 128) bool: keys that have sounded for `seconds` or longer after `input_ids` (B, T)."""
+        if self.steps_of.device != input_ids.device:
+            self.steps_of = self.steps_of.to(input_ids.device)
+        keys = Keyboard.of(input_ids, self.grammar, self.vocab_size)
+        times = self.steps_of[input_ids].cumsum(-1)
+        age = times[:, -1:] - times.gather(1, keys.struck.clamp(min=0))
+        return keys.sounding & (age >= self.steps)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] == 0:  # generation from inputs_embeds: nothing is known of what came before
+            return scores
+        scores = scores.clone()
+        scores[:, slice(*self.grammar["note_off"])] += self.CERTAIN * self.overdue(input_ids)
+        return scores
+
+
+__all__ = ["DurationLogitsProcessor", "NoteDurationLogitsProcessor", "PerformanceGrammarLogitsProcessor"]

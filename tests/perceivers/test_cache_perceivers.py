@@ -54,7 +54,7 @@ def test_token_by_token(performer, events, refill, prompt):
 
 @pytest.mark.parametrize("kind", ["sliding", "static"])
 def test_two_thousand_steps_in_single_precision(kind):
-    """At least ten refills (62 here): logits to 1e-5, and never another likeliest token."""
+    """At least ten refills (59 here): logits to 1e-5, and never another likeliest token."""
     model = tiny_perceivers(
         kind,
         num_latents=64,

@@ -5,7 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perceivers.generation_perceivers import DurationLogitsProcessor, PerformanceGrammarLogitsProcessor
+from perceivers.generation_perceivers import (
+    DurationLogitsProcessor,
+    NoteDurationLogitsProcessor,
+    PerformanceGrammarLogitsProcessor,
+)
 from perceivers.tokenization_perceivers import PerceiverSTokenizer
 
 PAD, BOS, END = 389, 390, 388
@@ -266,6 +270,34 @@ def test_both_limits_together_leave_a_token(config):
             DurationLogitsProcessor(config, 0.01 + 0.2 * (trial % 9)),
         ]
         sample(processors, prompt, 40, seed=trial)
+
+
+def test_a_held_note_is_ended_in_time(config):
+    """C4 from 0 s, E4 from 0.5 s: after 1 s the first is overdue, whatever the scores; E4 only half a second later."""
+    processor = NoteDurationLogitsProcessor(config, 1.0)
+    ids = [BOS, 370, 60, 256 + 49, 64, 256 + 48]  # 0.99 s
+    scores = torch.zeros(1, 391)
+    assert not processor.overdue(torch.tensor([ids])).any()
+    assert torch.equal(processor(torch.tensor([ids]), scores), scores)
+    ids.append(256)  # 1 s
+    assert processor.overdue(torch.tensor([ids])).nonzero().tolist() == [[0, 60]]
+    assert processor(torch.tensor([ids]), scores).argmax() == 128 + 60
+    ids += [128 + 60, 60, 256 + 49]  # struck again at 1 s; now 1.5 s
+    assert processor.overdue(torch.tensor([ids])).nonzero().tolist() == [[0, 64]]
+    with pytest.raises(ValueError, match="positive"):
+        NoteDurationLogitsProcessor(config, 0)
+
+
+def test_no_sampled_note_is_held_longer(config, tokenizer):
+    """Beside the other two, in the order of generate(), with scores that hardly ever end a note."""
+    processors = [
+        PerformanceGrammarLogitsProcessor(config, 600),
+        DurationLogitsProcessor(config, 20.0),
+        NoteDurationLogitsProcessor(config, 2.0),
+    ]
+    for row in sample(processors, torch.full((4, 1), BOS), 599, seed=3, likes={(128, 256): -6.0}).tolist():
+        durations = tokenizer.decode_midi(row).tracks[0].notes.numpy()["duration"]
+        assert len(durations) and durations.max() <= 2000 + 1000  # one time shift of 1 s may pass before it is asked
 
 
 def test_the_end_draws_no_crowd(config):

@@ -1,0 +1,55 @@
+"""The bundled checkpoint: small enough, loads, writes valid music faster than it plays, and knows music from noise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from notekit.checkpoint import load
+from notekit.perform import generate_performance
+from perceivers import PRETRAINED, PerceiverSForCausalLM
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load("perceivers")
+
+
+def test_it_is_small_and_complete(loaded):
+    files = {path.name: path.stat().st_size for path in PRETRAINED.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
+    assert sum(files.values()) <= 24e6
+    assert "NonCommercial" in (PRETRAINED / "NOTICE.md").read_text(encoding="utf-8")
+    config = loaded[0].config
+    assert config.max_position_embeddings == 32768 and config.num_latents == 1024 and len(config.cross_scales) == 2
+
+
+def test_ten_seconds_come_faster_than_they_play(loaded):
+    model, tokenizer = loaded
+    assert isinstance(model, PerceiverSForCausalLM)
+    performance = generate_performance(model, tokenizer, seconds=10, seed=0)
+    assert performance.music_seconds == 10 and performance.ids[-1] == tokenizer.eos_token_id
+    assert performance.seconds < 10
+
+
+def test_a_long_piece_is_valid_across_refills(loaded):
+    model, tokenizer = loaded
+    performance = generate_performance(model, tokenizer, seconds=None, max_tokens=2200, seed=1)
+    texts = tokenizer.convert_ids_to_tokens(performance.ids)
+    struck, ended = (sum(text.startswith(kind) for text in texts) for kind in ("NOTE_ON", "NOTE_OFF"))
+    assert struck == ended == performance.score.note_num() == performance.notes > 50
+    assert performance.tokens == 2200 or performance.ids[-1] == tokenizer.eos_token_id
+
+
+def test_real_music_is_likelier_than_the_same_notes_shuffled(loaded):
+    model, tokenizer = loaded
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    for name in ("ode_to_joy", "greensleeves", "saints"):
+        with pytest.warns(UserWarning, match="one piano"):
+            ids = torch.tensor([tokenizer.midi_to_ids(examples / f"{name}.mid")])
+        struck = ids[0] < 128
+        shuffled = ids.clone()
+        order = torch.randperm(int(struck.sum()), generator=torch.Generator().manual_seed(0))
+        shuffled[0, struck] = ids[0, struck][order]
+        with torch.no_grad():
+            assert model(ids, labels=ids).loss < model(shuffled, labels=shuffled).loss - 0.1
