@@ -177,6 +177,10 @@ def test_bad_caches_are_refused(events):
     model = tiny_perceivers()
     with pytest.raises(ValueError, match="PerceiverSCache"):
         model(events, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    from sage_music import SageMusicCache, SageMusicConfig
+
+    with pytest.raises(ValueError, match="not with SageMusicCache"):
+        model(events, past_key_values=SageMusicCache(SageMusicConfig()))
     for refill in (0, 9):
         with pytest.raises(ValueError, match=rf"refill_length \({refill}\) must lie in 1..num_latents"):
             PerceiverSCache(model.config, refill)
