@@ -58,7 +58,7 @@ def source(path: str, name: str) -> str:
         ],
         [
             ("sage_music/modeling_sage_music.py", "SageMusicRMSNorm"),
-            ("perceivers/modeling_perceivers.py", "PerceiverSRMSNorm"),
+            ("perceivers/layers_perceivers.py", "PerceiverSRMSNorm"),
         ],
         [("sage_music/cache_sage_music.py", "GrowingLayer"), ("perceivers/cache_perceivers.py", "GrowingLayer")],
     ],

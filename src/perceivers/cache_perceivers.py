@@ -83,7 +83,6 @@ class PerceiverSCache(DynamicCache):
         refill_length: latents R a full window starts anew with, 1 to `num_latents`; default half of them. A short one
             refills less often and forgets more of the self-attention's past at once; `num_latents` moves the window at
             every token, which equals decoding without a cache, slowly.
-        offloading: not supported; raises.
 
     Columns are those of the padded batch: a row's windows start where the batch's do, so that the padding before a row
     decides where its windows lie. `get_seq_length()` counts columns.
@@ -99,9 +98,7 @@ class PerceiverSCache(DynamicCache):
     read; they are kept, so that `crop` can go back to any length.
     """
 
-    def __init__(self, config, refill_length: int | None = None, offloading: bool = False):
-        if offloading:
-            raise ValueError("PerceiverSCache keeps its layers where the model is: offloading is not supported.")
+    def __init__(self, config, refill_length: int | None = None):
         self.num_latents, self.context_length = config.num_latents, config.max_position_embeddings
         self.refill_length = max(config.num_latents // 2, 1) if refill_length is None else refill_length
         if not 1 <= self.refill_length <= self.num_latents:

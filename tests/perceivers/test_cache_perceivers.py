@@ -103,8 +103,6 @@ def test_chunks_give_what_single_tokens_give(performer, events, chunks):
 
 @pytest.mark.parametrize("short", [3, 20, 39])
 def test_left_padding(performer, events, short):
-    if performer.config.absolute_positions:
-        pytest.skip("covered without a cache; positions are learned")
     ids, mask = padded(events, short)
     cache = PerceiverSCache(performer.config)
     with torch.no_grad():
@@ -184,11 +182,10 @@ def test_bad_caches_are_refused(events):
     for refill in (0, 9):
         with pytest.raises(ValueError, match=rf"refill_length \({refill}\) must lie in 1..num_latents"):
             PerceiverSCache(model.config, refill)
-    with pytest.raises(ValueError, match="offloading"):
-        PerceiverSCache(model.config, offloading=True)
-    model.generation_config.cache_implementation = "static"
-    with pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(events, max_new_tokens=2)
+    for implementation in ("static", "offloaded"):
+        model.generation_config.cache_implementation = implementation
+        with pytest.raises(ValueError, match=f"cache_implementation='{implementation}'"):
+            model.generate(events, max_new_tokens=2)
     absolute = tiny_perceivers("absolute", max_position_embeddings=48)
     cache = PerceiverSCache(absolute.config)
     with torch.no_grad(), pytest.raises(ValueError, match="max_position_embeddings"):
