@@ -1,7 +1,7 @@
-"""The `sage-music` command: generate, continue, render, info, bench.
+"""The `sage-music` command: generate, continue, stream, render, info, bench.
 
 Results go to stdout (`--json`: one JSON object), progress and remarks to stderr. A wrong argument or input ends with
-one line on stderr and exit code 2.
+one line on stderr and exit code 2; a reader of stdout that closes it ends the command quietly.
 
 The checkpoint decides the family: SAGE-Music counts in bars, PerceiverS in seconds. An option that only the other
 family has ends the command.
@@ -13,11 +13,13 @@ import math
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from . import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
 from .midi import InvalidMidiError, describe, read_score, write_midi
+from .notes import instrument_name
 from .render import MissingExtraError, render_piano_roll, render_wav
 
 # Families by model_type: the name, and the options that only this family has (their default is None: not given).
@@ -25,6 +27,8 @@ FAMILIES = {
     "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free")),
     "perceivers": ("PerceiverS", ("minutes", "max_tokens", "max_note_seconds", "prompt_seconds")),
 }
+
+JSON_LINES = "print one JSON object a note and a line, and a summary in the last"
 
 
 def positive_float(text: str) -> float:
@@ -58,10 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sage-music", description="Symbolic music generation: MIDI in, MIDI out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run, text: str, as_json: str = "print one JSON object") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        sub.add_argument("--json", action="store_true", help=as_json)
         return sub
 
     def with_model(sub: argparse.ArgumentParser) -> None:
@@ -106,6 +110,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("prompt", type=Path, metavar="PROMPT.mid")
     with_sampling(sub, continues=True)
 
+    sub = command("stream", run_stream, "Print notes as the model writes them (SAGE-Music).", as_json=JSON_LINES)
+    sub.add_argument("prompt", type=Path, nargs="?", metavar="PROMPT.mid", help="to continue (default: from nothing)")
+    with_model(sub)
+    add = sub.add_argument
+    add("--bars", type=positive_int, default=BARS, help="bars to write (default: %(default)s)")
+    add("--prompt-bars", type=positive_int, help=f"bars of the prompt to keep (default: {PROMPT_BARS})")
+    add("--programs", type=program_list, help="only these programs, as in 0,33,drums")
+    add("--free", action="store_true", default=None, help="allow instruments, meters, tempos the prompt has not")
+    add("--tempo", type=float, help="without a prompt: quarter notes per minute, held throughout")
+    add("--time-signature", help="without a prompt: such as 3/4")
+    add("--temperature", type=float, help="0: the likeliest token (default: the checkpoint's)")
+    add("--top-p", type=float, help="nucleus sampling (default: the checkpoint's)")
+    add("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE.mid", help="write the whole piece")
+    add("--report", action="store_true", help="print to stderr how the notes kept up with playing them")
+
     sub = command("render", run_render, "Write the sound (.wav) and picture (.png) of a MIDI file.")
     sub.add_argument("file", type=Path, metavar="FILE.mid")
     sub.add_argument("--out", type=Path, help="folder to write to (default: beside the file)")
@@ -117,8 +137,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--contexts", type=positive_int, nargs="+", help="default: 512 2048 8192; PerceiverS: 2048 8192 32768"
     )
-    sub.add_argument("--tokens", type=positive_int, default=48, help="tokens decoded a round (default: %(default)s)")
+    sub.add_argument("--tokens", type=positive_int, help="tokens decoded a round (default: 128; PerceiverS: 48)")
     sub.add_argument("--rounds", type=positive_int, default=3, help="interleaved rounds (default: %(default)s)")
+    add = sub.add_argument_group("SAGE-Music").add_argument
+    add("--shape", choices=("small", "medium"), help="the checkpoint's (default); 12 layers of width 768, random")
+    add("--batch", type=positive_int, nargs="+", help="batch sizes (default: 1 16; with --training 2)")
+    add("--models", nargs="+", help="full gqa mqa ours bf16 int8 draft int8-draft (default: all)")
+    add("--device", choices=("cpu", "cuda"), help="default: cpu")
+    add("--prompt", type=Path, metavar="FILE.mid", help="the checkpoint's prompts continue it (default: from nothing)")
+    add("--training", action="store_true", default=None, help="instead: a training step, against a Llama of equal size")
+    add("--figure", type=Path, metavar="FILE.png", help="draw speed and cache memory against the context")
+    add("--from", dest="saved", type=Path, metavar="FILE.json", help="measure nothing: show what --json printed before")
     sub = sub.add_argument_group("PerceiverS (fixed shapes, random weights)").add_mutually_exclusive_group()
     sub.add_argument("--paper", action="store_true", help="instead: speed and memory at the paper's size")
     sub.add_argument("--memory", action="store_true", help="instead: memory of a training step at the default size")
@@ -235,6 +264,85 @@ def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
     return {"pieces": pieces}
 
 
+def run_stream(args) -> dict:
+    begins = args.prompt is None
+    for option in ("prompt_bars", "free") if begins else ("tempo", "time_signature"):
+        if getattr(args, option) is not None:
+            hint = "give a PROMPT.mid" if begins else "the prompt has its own; --free lets the model change them"
+            raise ValueError(f"{_flag(option)} is for music {'after a' if begins else 'without a'} prompt: {hint}.")
+    if not begins:
+        with warnings.catch_warnings(action="ignore"):
+            read_score(args.prompt)
+    from .checkpoint import load
+    from .stream import latency_report, stream_continuation, stream_piece
+
+    _set_threads(args)
+    model, tokenizer = load(args.model)
+    if model.config.model_type != "sage_music":
+        raise ValueError("stream needs a SAGE-Music checkpoint; this one is PerceiverS: use continue or generate.")
+    names = ("bars", "programs", "temperature", "top_p", "seed")
+    names += ("tempo", "time_signature") if begins else ("prompt_bars", "free")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    notes = []
+    if not args.json:
+        print(NOTE_HEADER, flush=True)
+    begin = stream_piece if begins else partial(stream_continuation, prompt=args.prompt)
+    with begin(model, tokenizer, **options) as stream:
+        for note in stream:
+            print(json.dumps(asdict(note)) if args.json else _note_line(note), flush=True)
+            notes.append(note)
+        piece = stream.piece
+    report = latency_report([note.onset_seconds for note in notes], [note.wall_seconds for note in notes])
+    files = [] if args.out is None else [str(write_midi(args.out, piece.score))]
+    if not args.json:
+        for remark in piece.remarks:
+            print(f"note: {remark}", file=sys.stderr)
+        for file in files:
+            print(f"wrote {file}", file=sys.stderr)
+    if args.report and not args.json:
+        print("\n".join(_latency_lines(report)), file=sys.stderr)
+    return {
+        "files": files,
+        "seed": args.seed,
+        "prompt_bars": piece.prompt_bars,
+        "bars": piece.bars,
+        "notes": piece.notes,
+        "seconds": round(piece.seconds, 3),
+        "notes_per_second": round(piece.notes_per_second, 1),
+        "music_seconds": round(piece.music_seconds, 3),
+        "instruments": describe(piece.score),
+        "remarks": piece.remarks,
+        "latency": report,
+    }
+
+
+# Bar; onset and length in quarter notes and in seconds; when the note came, in seconds.
+NOTE_HEADER = " bar     onset  length     at s  for s pitch vel  came s  instrument"
+
+
+def _note_line(note) -> str:
+    quarters = f"{note.onset:>9.3f} {note.duration:>7.3f}"
+    seconds = f"{note.onset_seconds:>8.3f} {note.duration_seconds:>6.3f}"
+    rest = f"{note.pitch:>5} {note.velocity:>3} {note.wall_seconds:>7.3f}  {instrument_name(note.program)}"
+    return f"{note.bar:>4} {quarters} {seconds} {rest}"
+
+
+def _latency_lines(report: dict) -> list[str]:
+    if not report["notes"]:
+        return ["no notes"]
+    lines = [f"first note after {report['first_note_ms']:.0f} ms"]
+    if report["notes"] > 1:
+        gaps = ", ".join(f"{name} {value:.1f}" for name, value in report["note_to_note_ms"].items())
+        lines.append(f"from note to note, ms: {gaps}")
+    for played in report["deadlines"]:
+        line = f"played at {played['speed']:g}x: {played['missed']} of {report['notes']} notes late"
+        if played["missed"]:
+            head_start = f"{played['head_start_ms']:.0f} ms"
+            line += f" ({played['share']:.1%}), by {head_start} at most: a head start of {head_start} would save all"
+        lines.append(line)
+    return lines
+
+
 def run_render(args) -> dict:
     score = read_score(args.file)
     folder = args.out or args.file.parent
@@ -325,27 +433,69 @@ def run_bench(args) -> dict:
     _set_threads(args)
     if args.model == "perceivers":  # no checkpoint is read
         return _bench_perceivers(args)
-    from .bench import CONTEXTS, compare, table
-    from .checkpoint import load
-
-    model, tokenizer = load(args.model)
-    if model.config.model_type == "perceivers":
-        return _bench_perceivers(args)
     if args.paper or args.memory:
         raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
-    result = compare(model, tokenizer, args.contexts or CONTEXTS, args.tokens, args.rounds)
+    if args.training and args.figure:
+        raise ValueError("--figure shows decoding: it does not go with --training.")
+    from .bench_report import figure, load_result, plotting, table
+
+    if args.figure:
+        plotting()  # before minutes of measuring: matplotlib may be missing
+    if args.saved:
+        result = load_result(args.saved)
+    else:
+        from .checkpoint import load
+
+        if args.prompt:
+            with warnings.catch_warnings(action="ignore"):
+                read_score(args.prompt)
+        model, tokenizer = load(args.model)
+        if model.config.model_type == "perceivers":
+            return _bench_perceivers(args)
+        result = _bench_sage_music(args, model, tokenizer)
+    if args.figure:
+        figure(result, args.figure)
     if not args.json:
         print(table(result))
+        if args.figure:
+            print(f"\nwrote {args.figure}")
     return result
 
 
+def _bench_sage_music(args, model, tokenizer) -> dict:
+    from .bench import compare, compare_training
+
+    options = {
+        "contexts": args.contexts,
+        "tokens": args.tokens,
+        "shape": args.shape,
+        "batches": args.batch,
+        "models": args.models,
+        "device": args.device,
+        "prompt": args.prompt,
+    }
+    if args.training:
+        for option in ("tokens", "models", "prompt"):
+            if options.pop(option) is not None:
+                raise ValueError(f"{_flag(option)} is about decoding: it does not go with --training.")
+        run = compare_training
+    else:
+        run = partial(compare, say=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None)
+    given = {option: value for option, value in options.items() if value is not None}
+    return run(model, tokenizer, rounds=args.rounds, **given)
+
+
 def _bench_perceivers(args) -> dict:
+    for option in ("shape", "batch", "models", "device", "prompt", "training", "figure", "saved"):
+        if getattr(args, option) is not None:
+            flag = "--from" if option == "saved" else _flag(option)
+            raise ValueError(f"{flag} is an option of SAGE-Music; this is PerceiverS.")
     from .bench_perceivers import CONTEXTS, compare, in_fresh_process, paper_size, table, training_memory
 
     if args.paper or args.memory:
         result = in_fresh_process(paper_size if args.paper else training_memory)
     else:
-        result = compare(args.contexts or CONTEXTS, args.tokens, args.rounds)
+        result = compare(args.contexts or CONTEXTS, args.tokens or 48, args.rounds)
     if not args.json:
         print(table(result))
     return result
@@ -367,13 +517,17 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():  # put back on leaving: `main` is also called from Python
             warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
             result = args.run(args)
+        if args.json:
+            print(json.dumps(result))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has what it wanted, as `head` does; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InvalidMidiError, MissingExtraError, ValueError, OSError) as error:
         print(f"sage-music: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    if args.json:
-        print(json.dumps(result))
     return 0
 
 

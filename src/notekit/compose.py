@@ -8,10 +8,12 @@ piece.score.dump_midi("continuation.mid")
 """
 
 import os
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +32,9 @@ from sage_music import (
 from . import BARS, PROMPT_BARS
 from .midi import bar_ticks, bar_times, read_score
 from .sampling import Generated, sampling_options, seeded
+
+# One generation at a time: torch has one CPU random state for all threads, and a seed must give its music in each.
+_TURN = threading.RLock()
 
 
 @dataclass(kw_only=True)
@@ -77,6 +82,23 @@ def continue_score(
         InvalidMidiError: the prompt cannot be read.
         ValueError: one bar alone is longer than the model's context.
     """
+    return plan_continuation(model, tokenizer, prompt, prompt_bars, bars, free, programs, **options).write()
+
+
+def plan_continuation(
+    model: SageMusicForCausalLM,
+    tokenizer: SageMusicTokenizer,
+    prompt: "str | os.PathLike | bytes | Score",
+    prompt_bars: int = PROMPT_BARS,
+    bars: int = BARS,
+    free: bool = False,
+    programs: list[int] | None = None,
+    **options,
+) -> "Plan":
+    """What `continue_score` is about to write: everything is read and checked, and no token generated yet.
+
+    Arguments and errors are those of `continue_score`.
+    """
     score = prompt if not isinstance(prompt, str | bytes | os.PathLike) else read_score(prompt)
     remarks = _unheard(score)
     with warnings.catch_warnings(record=True) as caught:
@@ -96,9 +118,8 @@ def continue_score(
         allowed["Program"] = _program_tokens(programs)
     # The prompt's last bar is complete: what follows is a bar line.
     ids.append(tokenizer.convert_tokens_to_ids("Bar_None"))
-    piece = _extend(model, tokenizer, ids, present, bars, remarks, allowed, **options)
-    _restore_tempos(piece.score, score, present)
-    return piece
+    tempos = _prompt_tempos(tokenizer.decode_midi(ids), score, present)
+    return Plan(model, tokenizer, ids, present, bars, remarks, allowed, tempos, **options)
 
 
 def generate_piece(
@@ -124,6 +145,19 @@ def generate_piece(
     Raises:
         ValueError: an option outside its range, naming it.
     """
+    return plan_piece(model, tokenizer, bars, tempo, time_signature, programs, **options).write()
+
+
+def plan_piece(
+    model: SageMusicForCausalLM,
+    tokenizer: SageMusicTokenizer,
+    bars: int = BARS,
+    tempo: float | None = None,
+    time_signature: str | None = None,
+    programs: list[int] | None = None,
+    **options,
+) -> "Plan":
+    """What `generate_piece` is about to write, checked; arguments and errors are those of `generate_piece`."""
     ids = [tokenizer.bos_token_id]
     allowed = {} if programs is None else {"Program": _program_tokens(programs)}
     meter = f"TimeSig_{time_signature or '4/4'}"
@@ -138,74 +172,141 @@ def generate_piece(
         nearest = min(tokenizer.miditok.tempos, key=lambda known: abs(known - tempo))
         ids += tokenizer.convert_tokens_to_ids(["Bar_None", meter, "Position_0", f"Tempo_{nearest}"])
         allowed["Tempo"] = set()
-    piece = _extend(model, tokenizer, ids, 0, bars, [], allowed, **options)
-    if tempo is not None:
-        piece.score.tempos = type(piece.score.tempos)([Tempo(0, tempo)])
-    return piece
+    tempos = None if tempo is None else [Tempo(0, tempo)]
+    return Plan(model, tokenizer, ids, 0, bars, [], allowed, tempos, **options)
 
 
-def _extend(
-    model,
-    tokenizer,
-    ids: list[int],
-    prompt_bars: int,
-    bars: int,
-    remarks: list[str],
-    allowed: dict[str, set[str]],
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Piece:
-    if bars < 1:
-        raise ValueError(f"bars {bars} must be positive.")
-    sampling = sampling_options(temperature, top_p)
-    forbidden = _forbidden(tokenizer, allowed)
-    counter = BarCountCriteria(model.config, 0)
-    notes_of = np.array(model.config.grammar["notes"])
-    start, total = len(ids), prompt_bars + bars
-    begin = time.perf_counter()
-    with seeded(seed):
-        done = int(counter.count(torch.tensor([ids])))
-        while done <= total:
-            window, cut = _window(model, tokenizer, ids)
-            if cut and len(ids) == start:
-                remarks.append(f"the prompt is longer than the context: the model hears its last {window.count} bars")
-            streamer = _Progress(model.config, progress, done - prompt_bars, int(notes_of[ids[start:]].sum()))
-            goal = total - done + window.count
-            output = model.generate(
-                torch.tensor([window.ids], device=model.device),
-                attention_mask=torch.ones(1, len(window.ids), dtype=torch.long, device=model.device),
-                max_new_tokens=model.config.max_position_embeddings - len(window.ids),
-                stopping_criteria=StoppingCriteriaList([BarCountCriteria(model.config, goal)]),
-                logits_processor=LogitsProcessorList(
-                    [
-                        MinBarsLogitsProcessor(model.config, goal),
-                        NoDoubledNotesLogitsProcessor(model.config),
-                        _LeaveProgram(model.config, forbidden),
-                    ]
-                ),
-                suppress_tokens=forbidden or None,
-                streamer=streamer,
-                **sampling,
-            )
-            new = output[0, len(window.ids) :].tolist()
-            ids = ids + new
-            bars_now = int(counter.count(torch.tensor([ids])))
-            if bars_now == done and done <= total:
-                remarks.append(f"stopped at bar {done}: the model wrote {len(new)} tokens without a bar line")
-                total = done
-                break
-            done = bars_now
-    return Piece(
-        score=tokenizer.decode_midi(ids, bars=total),
-        ids=ids,
-        prompt_bars=prompt_bars,
-        bars=total - prompt_bars,
-        notes=int(notes_of[ids[start:]].sum()),
-        seconds=time.perf_counter() - begin,
-        remarks=remarks,
-    )
+@dataclass
+class Plan:
+    """Music to be written: its beginning, its length and the rules it keeps. `write()` writes it.
+
+    Attributes:
+        ids: token ids to go on after.
+        prompt_bars, bars: complete bars in `ids`, and bars to write after them.
+        remarks: what was changed or left out so far.
+        allowed: per kind of token (`"Program"`), the only ones that may be written.
+        tempos: exact tempos up to the end of `ids`, in ticks of the decoded score, in place of those that tokens can
+            state; `None` keeps the tokens'.
+        temperature, top_p, seed, progress: as for `generate_piece`.
+
+    Raises:
+        ValueError: an option outside its range, naming it.
+    """
+
+    model: SageMusicForCausalLM
+    tokenizer: SageMusicTokenizer
+    ids: list[int]
+    prompt_bars: int
+    bars: int
+    remarks: list[str]
+    allowed: dict[str, set[str]]
+    tempos: list[Tempo] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    progress: Callable[[int, int], None] | None = None
+    forbidden: list[int] = field(init=False)
+    sampling: dict = field(init=False)
+
+    def __post_init__(self):
+        if self.bars < 1:
+            raise ValueError(f"bars {self.bars} must be positive.")
+        self.sampling = sampling_options(self.temperature, self.top_p)
+        self.forbidden = _forbidden(self.tokenizer, self.allowed)
+
+    def write(self, streamer=None) -> Piece:
+        """Generate the music.
+
+        Args:
+            streamer: a `notekit.stream.NoteStreamer`: gets `ids`, then every new token (not its end: that is the
+                caller's to say). Cancelled, it ends the piece where it is.
+
+        Raises:
+            ValueError: one bar alone is longer than the model's context.
+        """
+        remarks = list(self.remarks)
+        if streamer is not None:
+            streamer.put(torch.tensor([self.ids]))
+        ids, total = self.ids, self.prompt_bars
+        with _turn(streamer) as mine:
+            begin = time.perf_counter()
+            if mine:
+                ids, total = self._generate(streamer, remarks)
+        if _is_cancelled(streamer) and total < self.prompt_bars + self.bars:
+            remarks.append(f"cancelled in bar {total}" if mine else "cancelled before it began")
+        score = self.tokenizer.decode_midi(ids, bars=total)
+        if self.tempos is not None:
+            stated = sum(token.startswith("Tempo") for token in self.tokenizer.base_tokens(self.ids))
+            score.tempos = type(score.tempos)(self.tempos + list(score.tempos)[stated:])
+        return Piece(
+            score=score,
+            ids=ids,
+            prompt_bars=self.prompt_bars,
+            bars=total - self.prompt_bars,
+            # Not counted in tokens: the last ones may go beyond the bars.
+            notes=score.note_num() - self.tokenizer.decode_midi(self.ids).note_num(),
+            seconds=time.perf_counter() - begin,
+            remarks=remarks,
+        )
+
+    def _generate(self, streamer, remarks: list[str]) -> tuple[list[int], int]:
+        """All ids, and the number of bars to keep of them."""
+        model, ids = self.model, self.ids
+        counter = BarCountCriteria(model.config, 0)
+        notes_of = np.array(model.config.grammar["notes"])
+        start, total = len(ids), self.prompt_bars + self.bars
+        stop_early = [] if streamer is None else streamer.stopping_criteria
+        with seeded(self.seed):
+            done = int(counter.count(torch.tensor([ids])))
+            while done <= total:
+                window, cut = _window(model, self.tokenizer, ids)
+                if cut and len(ids) == start:
+                    remarks.append(
+                        f"the prompt is longer than the context: the model hears its last {window.count} bars"
+                    )
+                notes = int(notes_of[ids[start:]].sum())
+                goal = total - done + window.count
+                output = model.generate(
+                    torch.tensor([window.ids], device=model.device),
+                    attention_mask=torch.ones(1, len(window.ids), dtype=torch.long, device=model.device),
+                    max_new_tokens=model.config.max_position_embeddings - len(window.ids),
+                    stopping_criteria=StoppingCriteriaList([BarCountCriteria(model.config, goal), *stop_early]),
+                    logits_processor=LogitsProcessorList(
+                        [
+                            MinBarsLogitsProcessor(model.config, goal),
+                            NoDoubledNotesLogitsProcessor(model.config),
+                            _LeaveProgram(model.config, self.forbidden),
+                        ]
+                    ),
+                    suppress_tokens=self.forbidden or None,
+                    streamer=_Progress(model.config, self.progress, done - self.prompt_bars, notes, streamer),
+                    **self.sampling,
+                )
+                new = output[0, len(window.ids) :].tolist()
+                ids = ids + new
+                before, done = done, int(counter.count(torch.tensor([ids])))
+                if _is_cancelled(streamer):
+                    return ids, min(done, total)
+                if done == before and done <= total:
+                    remarks.append(f"stopped at bar {done}: the model wrote {len(new)} tokens without a bar line")
+                    return ids, done
+        return ids, total
+
+
+@contextmanager
+def _turn(streamer) -> Iterator[bool]:
+    """Wait for all other generations to end; False when the streamer was cancelled before that."""
+    while not (mine := _TURN.acquire(timeout=0.1)) and not _is_cancelled(streamer):
+        pass
+    try:
+        yield mine and not _is_cancelled(streamer)
+    finally:
+        if mine:
+            _TURN.release()
+
+
+def _is_cancelled(streamer) -> bool:
+    return streamer is not None and streamer.cancelled
 
 
 @dataclass
@@ -232,16 +333,19 @@ def _window(model, tokenizer, ids: list[int]) -> tuple[_Window, bool]:
 
 
 class _Progress(BaseStreamer):
-    """Counts bars and notes as tokens come; a token is final when it arrives."""
+    """Counts bars and notes as tokens come, and hands them on; a token is final when it arrives."""
 
-    def __init__(self, config, report, bars: int, notes: int):
+    def __init__(self, config, report, bars: int, notes: int, streamer: BaseStreamer | None):
         self.bars_of, self.notes_of = config.grammar["bars"], config.grammar["notes"]
         self.report, self.bars, self.notes, self.prompt_seen = report, bars, notes, False
+        self.streamer = streamer
 
     def put(self, value):
         if not self.prompt_seen:
             self.prompt_seen = True
             return
+        if self.streamer is not None:
+            self.streamer.put(value)
         for token in value.flatten().tolist():
             self.notes += self.notes_of[token]
             if self.bars_of[token] and self.report is not None:
@@ -302,12 +406,11 @@ def _unheard(score: Score) -> list[str]:
     return remarks
 
 
-def _restore_tempos(score: Score, source: Score, prompt_bars: int) -> None:
-    """Give the prompt's part its exact tempos back: tokens hold them to a few per cent."""
-    end = bar_ticks(score, prompt_bars + 1)[prompt_bars]
-    scale = score.ticks_per_quarter / source.ticks_per_quarter
+def _prompt_tempos(prompt: Score, source: Score, prompt_bars: int) -> list[Tempo]:
+    """The source's tempos up to the end of the prompt, in the prompt's ticks: tokens hold them to a few per cent."""
+    end = bar_ticks(prompt, prompt_bars + 1)[prompt_bars]
+    scale = prompt.ticks_per_quarter / source.ticks_per_quarter
     exact = [Tempo(round(t.time * scale), t.qpm) for t in source.tempos if t.time * scale < end and t.mspq > 0]
     if not exact or exact[0].time > 0:
         exact.insert(0, Tempo(0, 120))  # what a MIDI file without a tempo means
-    later = [Tempo(t.time, t.qpm) for t in score.tempos if t.time >= end]
-    score.tempos = type(score.tempos)(exact + later)
+    return exact

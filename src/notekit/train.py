@@ -44,6 +44,7 @@ SHAPE = {
     "num_key_value_heads": "num_key_value_heads",
     "num_latents": "num_latents",
     "cross_scales": "cross_scales",
+    "draft_tokens": "num_mtp_layers",
 }
 # Tokens of context of a new PerceiverS: a quarter of the config class's, which holds most whole performances.
 CONTEXT = 8192
@@ -56,6 +57,7 @@ OPTIONS = {
         "kv_routing",
         "num_key_value_heads",
         "block_size",
+        "draft_tokens",
     ),
     "perceivers": ("num_latents", "cross_scales", "segmentation", "position_uniform"),
 }
@@ -96,7 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="licences to keep, with --metadata (default: %(default)s)",
     )
     add("--out", required=True, help="run folder: checkpoints, log, and the best model in best/")
-    add("--init-from", help="checkpoint to start from; only --context and --num-latents change its shape")
+    add(
+        "--init-from",
+        help="checkpoint to start from; only --context, --num-latents and --draft-tokens change its shape",
+    )
     add("--tokenizer", help="folder of a saved tokenizer (default: --init-from's, else a new one)")
     add("--hidden-size", type=int)
     add("--intermediate-size", type=int)
@@ -123,6 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kv-routing", choices=("head", "token", "none"))
     add("--num-key-value-heads", type=int)
     add("--block-size", type=int, default=1024, help="tokens in a training block (default: %(default)s)")
+    add(
+        "--draft-tokens",
+        type=int,
+        help="train only a draft head that guesses so many tokens (generate(use_mtp=True)), on --init-from as it is",
+    )
     add = parser.add_argument_group("perceivers").add_argument
     add("--num-latents", type=int, help="targets in a segment, and positions the model computes")
     add("--cross-scales", type=scale, nargs="+", help="tokens each cross-attention layer sees, or none for all")
@@ -133,12 +143,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sage_music_parts(args: argparse.Namespace) -> Parts:
     """Blocks of a fixed length; evaluation in windows of the same length, so no padding to the left."""
+    if args.draft_tokens is not None and (args.draft_tokens < 1 or not args.init_from):
+        raise ValueError("--draft-tokens is at least 1 and needs --init-from, the checkpoint whose tokens it guesses.")
     options = {
         "beat_resolution": args.beat_resolution,
         "num_velocities": args.num_velocities,
         "program_changes": not args.program_every_note,
     }
     tokenizer, model = start(args, SageMusicTokenizer, SageMusicForCausalLM, options)
+    if args.draft_tokens is not None:
+        model.requires_grad_(False)
+        model.draft.requires_grad_(True)
     pieces, held_out = read_pieces(args, tokenizer)
     train = BlockDataset(pieces, tokenizer, args.block_size, args.transpose) if args.steps else None
     return tokenizer, model, train, WindowDataset(held_out, tokenizer, args.block_size), None
@@ -172,8 +187,9 @@ def start(
         tokenizer = tokenizer_class(**{name: value for name, value in tokenizer_options.items() if value is not None})
     shape = {field: getattr(args, name) for name, field in SHAPE.items() if getattr(args, name) is not None}
     if args.init_from:
-        lengths = {field: shape[field] for field in ("max_position_embeddings", "num_latents") if field in shape}
-        return tokenizer, model_class.from_pretrained(args.init_from, **lengths)
+        changes = ("max_position_embeddings", "num_latents", "num_mtp_layers")
+        changed = {field: shape[field] for field in changes if field in shape}
+        return tokenizer, model_class.from_pretrained(args.init_from, **changed)
     model = model_class(model_class.config_class(**tokenizer.config_fields(), **shape))
     model.generation_config.update(do_sample=True, temperature=TEMPERATURE, top_p=TOP_P, top_k=0)
     return tokenizer, model
@@ -229,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(args.seed)
     tokenizer, model, train, evaluation, collator = PARTS[args.family](args)
+    drafting = getattr(args, "draft_tokens", None) is not None  # else a head that the checkpoint has learns beside it
     for name, field in SHAPE.items():
         setattr(args, name, getattr(model.config, field, None))  # for the report: what was trained
 
@@ -256,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
             save_strategy="steps",
             save_steps=args.eval_every,
             save_total_limit=2,
-            load_best_model_at_end=True,
+            load_best_model_at_end=not drafting,  # evaluation measures the model itself, which then stays as it is
             metric_for_best_model="nats_per_note",
             greater_is_better=False,
             logging_steps=50,

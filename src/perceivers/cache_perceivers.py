@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values `(B, heads, capacity, head_dim)` of one layer; `capacity` doubles, `length` rows are in use."""
+    """Keys and values `(B, heads, capacity, head_dim)` of one layer, of which `length` rows are in use."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -24,10 +24,10 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
     def reserve(self, rows: int) -> None:
-        """Make room for `rows` rows, copying the old ones only when capacity doubles."""
+        """Make room for `rows` rows; capacity grows by half, so that a row is copied twice on average, however long."""
         capacity = self.keys.shape[2]
         if rows > capacity:
-            grown = max(rows, 2 * capacity, 64)
+            grown = max(rows, capacity + max(capacity // 2, 64))
             for name in ("keys", "values"):
                 old = getattr(self, name)
                 new = old.new_zeros(*old.shape[:2], grown, old.shape[3])

@@ -7,6 +7,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
+from .drafting_sage_music import DraftCandidateGenerator, SageMusicDraftHead
 from .generation_sage_music import (
     BarCountCriteria,
     MidiGrammarLogitsProcessor,
@@ -14,6 +15,7 @@ from .generation_sage_music import (
     NoDoubledNotesLogitsProcessor,
 )
 from .modeling_sage_music import SageMusicForCausalLM, SageMusicModel, SageMusicPreTrainedModel
+from .quantization_sage_music import quantize_int8
 from .tokenization_sage_music import SageMusicTokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "sage-music-6m"
@@ -30,13 +32,16 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sage_music"] = "SageMusicForCausalLM"
 __all__ = [
     "PRETRAINED",
     "BarCountCriteria",
+    "DraftCandidateGenerator",
     "MidiGrammarLogitsProcessor",
     "MinBarsLogitsProcessor",
     "NoDoubledNotesLogitsProcessor",
     "SageMusicCache",
     "SageMusicConfig",
+    "SageMusicDraftHead",
     "SageMusicForCausalLM",
     "SageMusicModel",
     "SageMusicPreTrainedModel",
     "SageMusicTokenizer",
+    "quantize_int8",
 ]

@@ -17,22 +17,23 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_sage_music import AttributeRoute
+from .cache_sage_music import HIDDEN, AttributeRoute
 from .configuration_sage_music import SageMusicConfig
 
 # Queries scored at a time in a prefill or training pass: a block reads only the rows stored up to its last token.
 QUERY_BLOCK = 512
-# Added to the scores of hidden rows. Finite, so that a query with no visible row merges to nothing instead of NaN, and
-# within float16.
-HIDDEN = -3e4
+# Up to so many tokens at a time a decode step saves operations rather than arithmetic.
+FEW_TOKENS = 16
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `(B, heads, T, d)` by tables `(B, T, d)`; channel pairs are `(i, i + d/2)`, as in Llama."""
-    half = states.shape[-1] // 2
-    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    cos, sin = (table[:, None].to(states.dtype) for table in (cos, sin))  # autocast: stay in its dtype
-    return states * cos + turned * sin
+    """Rotate `(B, T, heads, d)` by tables `(B, T, 1, d)`; channel pairs are `(i, i + d/2)`, as in Llama.
+
+    The first half of `sin` is negative: then rolling by `d/2` is all the turning there is.
+    """
+    if cos.dtype != states.dtype:  # autocast: stay in its dtype
+        cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -53,8 +54,9 @@ class AttributePlan:
 
     Attributes:
         attribute_ids: (B, T) attribute of each token.
+        attribute: the attribute of a lone token (B = T = 1), `None` otherwise and where it is not on the host.
         order, sizes: tokens of the flattened batch sorted by attribute, and how many each attribute has, so that each
-            token is projected once; `None` for single tokens and under `torch.compile`.
+            token is projected once; `None` for a few tokens and under `torch.compile`.
         route: rows of new tokens in a compacted cache that already holds some; `None` without one.
         gather: (B, A, S) prefill: positions of each attribute's tokens; rows past their number point anywhere.
         blocks: prefill: per block of queries its slice, the number of rows it may see, their visibility
@@ -64,6 +66,7 @@ class AttributePlan:
     """
 
     attribute_ids: torch.Tensor | None
+    attribute: int | None = None
     order: torch.Tensor | None = None
     sizes: list[int] | None = None
     route: AttributeRoute | None = None
@@ -168,18 +171,19 @@ class SageMusicAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-        key, value = self._project_kv(hidden_states, plan)  # (B, h, T, d)
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim)
+        key, value = self.project_kv(hidden_states, plan).unbind(2)  # (B, T, h, d)
+        query = apply_rotary(query, *position_embeddings).transpose(1, 2)
+        key, value = apply_rotary(key, *position_embeddings).transpose(1, 2), value.transpose(1, 2)  # (B, h, T, d)
 
         if plan.route is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, plan.route)
-            output, weights = self._attend_rows(query, key, value, plan.route.visible), None
+            output, weights = self._attend_rows(query, key, value, plan.route), None
         elif self.fold is not None:
             if plan.gather is not None:
                 rows, kept = self._compact(key, plan.gather), self._compact(value, plan.gather)
             if past_key_values is not None:
-                past_key_values.layers[self.layer_idx].fill(rows, kept)
+                past_key_values.layers[self.layer_idx].fill(torch.stack((rows, kept)))
             if plan.blocks is not None:
                 output, weights = self._attend_compact(query, rows, kept, key, value, plan), None
             else:
@@ -191,7 +195,8 @@ class SageMusicAttention(nn.Module):
             output, weights = self._attend(query, key, value, plan.mask, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
-    def _project_kv(self, hidden_states: torch.Tensor, plan: AttributePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_kv(self, hidden_states: torch.Tensor, plan: AttributePlan) -> torch.Tensor:
+        """(B, T, 2, h, d) keys and values by each token's own attribute."""
         batch, length, width = hidden_states.shape
         if self.kv_weight.shape[0] == 1:
             states = F.linear(hidden_states, self.kv_weight[0])
@@ -201,14 +206,14 @@ class SageMusicAttention(nn.Module):
             inverse = torch.empty_like(plan.order)
             inverse[plan.order] = torch.arange(len(plan.order), device=plan.order.device)
             states = states[inverse].view(batch, length, -1)
-        elif length == 1:
-            # (B, 2hd, hidden) @ (B, hidden, 1): reads the weights of the one attribute a row needs.
-            states = torch.bmm(self.kv_weight[plan.attribute_ids[:, 0]], hidden_states.transpose(1, 2)).transpose(1, 2)
+        elif plan.attribute is not None:
+            states = F.linear(hidden_states, self.kv_weight[plan.attribute])
+        elif batch * length == 1:
+            states = F.linear(hidden_states, self.kv_weight.index_select(0, plan.attribute_ids.view(1))[0])
         else:
             every = F.linear(hidden_states, self.kv_weight.flatten(0, 1)).view(batch, length, len(self.kv_weight), -1)
             states = every.gather(2, plan.attribute_ids[..., None, None].expand(-1, -1, 1, every.shape[-1]))[:, :, 0]
-        states = states.view(batch, length, 2, self.num_key_value_heads, self.head_dim)
-        return states[:, :, 0].transpose(1, 2), states[:, :, 1].transpose(1, 2)
+        return states.view(batch, length, 2, self.num_key_value_heads, self.head_dim)
 
     def _attend(self, query, key, value, mask, **kwargs):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -224,12 +229,22 @@ class SageMusicAttention(nn.Module):
         index = gather[:, :, None, :, None].expand(-1, -1, heads, -1, width)
         return states[:, None].expand(-1, gather.shape[1], -1, -1, -1).gather(3, index).flatten(1, 2)
 
-    def _attend_rows(self, query, key, value, visible):
-        """Attention of new tokens over the compacted cache: key and value (B, A * h, S, d), visible (B, A, T, S)."""
+    def _attend_rows(self, query, key, value, route):
+        """Attention of new tokens over the compacted cache: key and value (B, A * h, S, d)."""
         batch, _, length, width = query.shape
         folded = self.fold.fold(query)  # (B, A * h, G, T, d): a group's heads share its keys
         groups = folded.shape[2]
-        mask = visible
+        if length <= FEW_TOKENS and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
+            # Two products beat the CPU's fused kernel where there are so few scores. In half precision they would be
+            # rounded on the way.
+            bias = route.bias(self.num_key_value_heads, groups, query.dtype)
+            key, value = key.flatten(0, 1), value.flatten(0, 1)
+            scores = torch.baddbmm(
+                bias, folded.reshape(len(key), groups * length, width), key.transpose(1, 2), alpha=self.scaling
+            )
+            output = torch.bmm(scores.softmax(-1), value)
+            return self.fold.unfold(output.view(folded.shape)).transpose(1, 2)
+        mask = route.visible
         if self.num_key_value_heads > 1:
             mask = mask.repeat_interleave(self.num_key_value_heads, dim=1)
         if length > 1:

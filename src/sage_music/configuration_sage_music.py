@@ -28,6 +28,7 @@ class SageMusicConfig(PreTrainedConfig):
         token_attribute_ids: the attribute of each token id, `vocab_size` values.
 
     Decoding:
+        num_mtp_layers: tokens in a row that the draft head guesses, for `generate(use_mtp=True)`; 0: no draft head.
         grammar: per-token data and the `types x types` table that `MidiGrammarLogitsProcessor` reads (see there). It
             comes from `SageMusicTokenizer.config_fields()`; `None` leaves generation unconstrained.
 
@@ -52,6 +53,7 @@ class SageMusicConfig(PreTrainedConfig):
     grammar: dict | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
+    num_mtp_layers: int = 0
     rope_parameters: RopeParameters | dict | None = None
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
@@ -87,6 +89,8 @@ class SageMusicConfig(PreTrainedConfig):
                 f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads}): "
                 "each key-value head serves an equal number of query heads."
             )
+        if self.num_mtp_layers < 0:
+            raise ValueError(f"num_mtp_layers ({self.num_mtp_layers}) must be 0 (no draft head) or a number of tokens.")
         if self.kv_routing == "head":
             groups = self.query_heads_per_attribute
             if len(groups) != len(self.attribute_names) or sum(groups) != heads:

@@ -1,9 +1,17 @@
 """Decoding aids of SAGE-Music: the grammar that keeps every sequence valid, and generation counted in bars."""
 
+from collections.abc import Iterator
+
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 UNCHANGED = -2
+# What the grammar keeps in mind besides the last token's type, and how a sequence begins.
+STATE = {"position_after": -1, "bar_length_after": 2**30, "drum_after": -1}
+# Assisted decoding goes back by as many tokens as were drafted: states of so many lengths are kept.
+KEPT_STATES = 32
+# Tokens fetched at a time where a sequence is read backwards.
+CHUNK = 64
 
 
 class MidiGrammarLogitsProcessor(LogitsProcessor):
@@ -12,7 +20,7 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
     A token may follow when (1) the types table allows its first base token after the last base token before it, (2) its
     first Position lies after the current one and inside the bar of the current meter, and (3) its first note is a drum
     exactly when the current Program is the drums'. The state is read from the ids themselves, so that batches, beams
-    and assisted decoding need nothing special.
+    and assisted decoding need nothing special; on the CPU what was read is kept for ids that go on from there.
 
     Args:
         config: a config whose `grammar` holds, per token id: `first_type`, `last_type` (indices into `types`),
@@ -45,6 +53,10 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
                 "drum_after",
             )
         }
+        self._changes = list(zip(*(grammar[name] for name in ("last_type", *STATE)), strict=True))
+        self._seen: torch.Tensor | None = None  # the ids of the last call, and the states of their rows at some lengths
+        self._states: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._masks: dict[tuple[int, int, int, int], torch.Tensor] = {}
 
     def _latest(self, name: str, input_ids: torch.LongTensor, default: int) -> torch.Tensor:
         """(B, 1): what the last token that changed this piece of state left."""
@@ -53,18 +65,57 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
         last = (steps * (values != UNCHANGED)).amax(-1, keepdim=True)
         return torch.where(last > 0, values.gather(1, (last - 1).clamp(min=0)), default)
 
+    def _read(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """(4, B, 1): the type of each row's last token, and position, bar length and drum as they stand."""
+        last_type = self.fields["last_type"][input_ids[:, -1:]]
+        return torch.stack([last_type, *(self._latest(name, input_ids, start) for name, start in STATE.items())])
+
+    def _follow(self, last_type, position, bar_length, drum) -> torch.BoolTensor:
+        """(B, V) bool: what may follow states (B, 1)."""
+        first, needed = self.fields["first_position"], self.fields["drum_needed"]
+        in_bar = (first < 0) | ((first > position) & (self.fields["last_position"] < bar_length))
+        return self.follows[last_type[:, 0]] & in_bar & ((needed < 0) | (needed == drum))
+
     def allowed(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         """(B, V) bool: tokens that may follow `input_ids` (B, T)."""
+        if input_ids.device.type == "cpu":
+            rows = [self._mask(state) for state in self._row_states(input_ids)]
+            return rows[0][None] if len(rows) == 1 else torch.stack(rows)
         if self.follows.device != input_ids.device:
             self.follows = self.follows.to(input_ids.device)
             self.fields = {name: values.to(input_ids.device) for name, values in self.fields.items()}
-        allowed = self.follows[self.fields["last_type"][input_ids[:, -1]]]
-        position = self._latest("position_after", input_ids, -1)
-        bar_length = self._latest("bar_length_after", input_ids, 2**30)
-        drum = self._latest("drum_after", input_ids, -1)
-        first, needed = self.fields["first_position"], self.fields["drum_needed"]
-        in_bar = (first < 0) | ((first > position) & (self.fields["last_position"] < bar_length))
-        return allowed & in_bar & ((needed < 0) | (needed == drum))
+        return self._follow(*self._read(input_ids))
+
+    def _mask(self, state: tuple[int, int, int, int]) -> torch.BoolTensor:
+        """(V,) bool: what may follow one state."""
+        if state not in self._masks:
+            self._masks[state] = self._follow(*torch.tensor(state)[:, None, None])[0]
+        return self._masks[state]
+
+    def _row_states(self, input_ids: torch.LongTensor) -> list[tuple[int, int, int, int]]:
+        """The state of each row; only tokens after the longest beginning that is known are read."""
+        length, known = input_ids.shape[1], self._known(input_ids)
+        if known is None:
+            known, kept = length, {}
+            states = list(zip(*self._read(input_ids)[..., 0].tolist(), strict=True))
+        else:
+            states = self._states[known]
+            kept = {n: old for n, old in self._states.items() if length - KEPT_STATES < n <= known}
+        for tokens in input_ids[:, known:].T.tolist():
+            states = [self._after(*pair) for pair in zip(states, tokens, strict=True)]
+        self._seen, self._states = input_ids.clone(), {**kept, length: states}
+        return states
+
+    def _known(self, input_ids: torch.LongTensor) -> int | None:
+        """A length at which states are known and these ids begin as the last ones did: compared, not trusted."""
+        if self._seen is None or len(self._seen) != len(input_ids):
+            return None
+        lengths = sorted((n for n in self._states if n <= input_ids.shape[1]), reverse=True)
+        return next((n for n in lengths[:3] if torch.equal(self._seen[:, :n], input_ids[:, :n])), None)
+
+    def _after(self, state: tuple[int, int, int, int], token: int) -> tuple[int, int, int, int]:
+        kind, *changes = self._changes[token]
+        return (kind, *(old if new == UNCHANGED else new for old, new in zip(state[1:], changes, strict=True)))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if input_ids.shape[1] == 0:  # generation from inputs_embeds: nothing is known of what came before
@@ -106,6 +157,12 @@ class MinBarsLogitsProcessor(LogitsProcessor):
         return scores
 
 
+def _backwards(ids: torch.LongTensor) -> Iterator[int]:
+    """The tokens of a row (T,) from the last on; what a step needs is mostly near."""
+    for end in range(len(ids), 0, -CHUNK):
+        yield from reversed(ids[max(end - CHUNK, 0) : end].tolist())
+
+
 class NoDoubledNotesLogitsProcessor(LogitsProcessor):
     """Forbids a pitch that the current program already starts at the current position.
 
@@ -121,9 +178,9 @@ class NoDoubledNotesLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()
-        for row, ids in enumerate(input_ids.tolist()):
+        for row, ids in enumerate(input_ids):
             program, notes, seen = None, [], []
-            for token in reversed(ids):  # back to the position's beginning; the latest Program is the current one
+            for token in _backwards(ids):  # back to the position's beginning; the latest Program is the current one
                 kind = self.first_type[token]
                 if kind in (self.bar, self.position):
                     break
@@ -138,10 +195,10 @@ class NoDoubledNotesLogitsProcessor(LogitsProcessor):
             scores[row, seen] = -torch.inf
         return scores
 
-    def _program_before(self, ids: list[int], program: int) -> bool:
+    def _program_before(self, ids: torch.LongTensor, program: int) -> bool:
         """Whether the position began under `program`, named before it."""
         started = False
-        for token in reversed(ids):
+        for token in _backwards(ids):
             kind = self.first_type[token]
             started = started or kind in (self.bar, self.position)
             if started and kind == self.program:

@@ -21,10 +21,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_sage_music import AttributePlan, SageMusicAttention, plan_prefill
+from .attention_sage_music import FEW_TOKENS, AttributePlan, SageMusicAttention, plan_prefill
 from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
+from .decoding_sage_music import DecodeStep, lay_out_weights
+from .drafting_sage_music import DraftCandidateGenerator, SageMusicDraftHead
 from .generation_sage_music import MidiGrammarLogitsProcessor
+from .quantization_sage_music import is_int8
 
 
 class SageMusicRMSNorm(nn.Module):
@@ -40,7 +43,7 @@ class SageMusicRMSNorm(nn.Module):
 
 
 class SageMusicRotaryEmbedding(nn.Module):
-    """Cosine and sine tables `(B, T, d)` of rotary positions."""
+    """Cosine and sine tables `(B, T, 1, d)` of rotary positions, as `apply_rotary` takes them."""
 
     def __init__(self, config: SageMusicConfig):
         super().__init__()
@@ -63,9 +66,12 @@ class SageMusicRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        angles = position_ids[..., None, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        if self.attention_scaling != 1:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class SageMusicMLP(nn.Module):
@@ -135,6 +141,16 @@ class SageMusicPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SageMusicModel) and module.token_codes is not None:
             init.copy_(module.token_codes, _token_codes(module.config))
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in Transformers.
+
+        Raises:
+            ValueError: the weights are int8, which no checkpoint holds.
+        """
+        if is_int8(self):
+            raise ValueError("int8 weights are not saved: save the model before quantize_int8, which takes a moment.")
+        super().save_pretrained(*args, **kwargs)
+
 
 def _token_codes(config: SageMusicConfig) -> torch.Tensor:
     """(vocab_size,) int64: the attribute of each token id, plus `num_attributes` for BOS, which every group reads."""
@@ -200,14 +216,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
             past_key_values = SageMusicCache(self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                if isinstance(seen, int) and attention_mask.shape[1] != seen + length:
-                    raise ValueError(
-                        f"attention_mask has {attention_mask.shape[1]} columns, not {seen} cached + {length} new."
-                    )
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            else:
-                position_ids = (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+            position_ids = self._positions(attention_mask, seen, length, inputs_embeds.device)
 
         plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -215,6 +224,15 @@ class SageMusicModel(SageMusicPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, plan, position_embeddings, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    @staticmethod
+    def _positions(attention_mask, seen, length: int, device) -> torch.LongTensor:
+        """(B or 1, T) positions of the new tokens, counted from the first that is not padding."""
+        if attention_mask is None or attention_mask.ndim != 2:
+            return (torch.arange(length, device=device) + seen)[None]
+        if isinstance(seen, int) and attention_mask.shape[1] != seen + length:
+            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, not {seen} cached + {length} new.")
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
     def _check_ids(self, input_ids: torch.LongTensor) -> None:
         # An accelerator would stall for this check, and an embedding raises a device error there anyway.
@@ -240,7 +258,11 @@ class SageMusicModel(SageMusicPreTrainedModel):
                     "the attribute of each token decides which key-value heads it owns."
                 )
         plan = AttributePlan(attribute_ids=codes % config.num_attributes if codes is not None else None)
-        if codes is not None and length > 1 and not torch.compiler.is_compiling():
+        if codes is None or torch.compiler.is_compiling():
+            pass
+        elif codes.numel() == 1 and codes.device.type == "cpu":
+            plan.attribute = int(plan.attribute_ids)
+        elif codes.numel() > FEW_TOKENS:
             flat = plan.attribute_ids.flatten()
             plan.order = flat.argsort(stable=True)
             plan.sizes = torch.bincount(flat, minlength=config.num_attributes).tolist()
@@ -280,7 +302,9 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
     def __init__(self, config: SageMusicConfig):
         super().__init__(config)
         self.model = SageMusicModel(config)
+        self._decode_step = None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.draft = SageMusicDraftHead(config) if config.num_mtp_layers else None
         # With this flag on, loading would drop the entry that is our own: midi_grammar.
         self.generation_config._from_model_config = False
         self.post_init()
@@ -297,12 +321,20 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_last_hidden_state: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As `SageMusicModel.forward`, with `labels` (B, T) for the shifted loss in nats per token (-100: ignored).
 
-        Returns logits (B, T or `logits_to_keep`, vocab_size).
+        Returns logits (B, T or `logits_to_keep`, vocab_size). With `return_last_hidden_state`, which drafting asks for,
+        `hidden_states` holds the last ones (B, T, hidden_size), after the final norm.
         """
+        step = getattr(past_key_values, "step", None)
+        if step is not None and labels is None and step.takes(input_ids, past_key_values, kwargs):
+            hidden_states = step(input_ids, attention_mask, position_ids, past_key_values)
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            hidden_states = (hidden_states,) if return_last_hidden_state else None
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values, hidden_states=hidden_states)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -317,13 +349,26 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.draft is not None and self.training and input_ids is not None:
+                loss = loss + self.draft.loss(
+                    outputs.last_hidden_state, input_ids, labels, logits, self, kwargs.get("num_items_in_batch")
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=(
+                (outputs.last_hidden_state,)
+                if return_last_hidden_state and outputs.hidden_states is None
+                else outputs.hidden_states
+            ),
             attentions=outputs.attentions,
         )
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        if generation_config.use_mtp and generation_config.prompt_lookup_num_tokens is None:
+            return DraftCandidateGenerator(self, generation_config, kwargs["logits_processor"])
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -346,9 +391,33 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
                 cache = StaticCache(self.config, max_cache_len=longest)
         else:
             cache = SageMusicCache(self.config, offloading=implementation == "offloaded")
+            if not self.training:
+                lay_out_weights(self)
+            if implementation != "offloaded":
+                options = self._compile_options(generation_config)
+                self._decode_step = cache.step = DecodeStep.of(self.model, self._decode_step, options)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    def _compile_options(self, generation_config) -> dict | None:
+        """Arguments of `torch.compile` for the decode step, where `generate(compile_config=...)` asks for it."""
+        chosen = generation_config.compile_config
+        if chosen is None or generation_config.disable_compile or self.device.type != "cpu":
+            return None
+        # Lengths change with every token; a wrapper in C++ saves as much again as the fused kernels do.
+        options = chosen.options or ({"cpp_wrapper": True} if chosen.backend == "inductor" else None)
+        return {"dynamic": True, "fullgraph": chosen.fullgraph, "backend": chosen.backend, "options": options}
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Not with the decode step: it compiles itself."""
+        if getattr(model_kwargs.get("past_key_values"), "step", None) is not None:
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def __getstate__(self) -> dict:
+        """Without the decode step: a copy must not decode with the modules of its original."""
+        return {**self.__dict__, "_decode_step": None}
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask=None, **kwargs):

@@ -58,6 +58,35 @@ def test_it_learns_resumes_and_plays(folder, tmp_path, capsys):
     assert generate_piece(model, tokenizer, bars=2, seed=0).bars == 2
 
 
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_draft_head_is_trained_on_a_checkpoint_that_stays_as_it_is(folder, tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "drafting"
+    assert main(["--data", str(folder), "--out", str(base), "--eval-every", "60", *SMALL, "--steps", "60"]) == 0
+    command = ["--data", str(folder), "--out", str(out), "--eval-every", "40", *SMALL[-8:], "--draft-tokens", "2"]
+    capsys.readouterr()
+    assert main([*command, "--steps", "20"]) == 2
+    assert "--init-from" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*command, "--init-from", str(base / "best"), "--steps", "40", "--block-size", "128"]) == 0
+    before, (after, tokenizer) = load(base / "best")[0], load(out / "best")
+    assert before.draft is None and after.config.num_mtp_layers == 2
+    state = after.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.state_dict().items())
+    ids = torch.tensor([tokenizer.midi_to_ids(folder / "validation" / "5.mid")[:128]])
+
+    def loss_of_the_head(model):
+        torch.manual_seed(0)
+        outputs = model.model(ids)
+        logits = model.lm_head(outputs.last_hidden_state)
+        return float(model.draft.loss(outputs.last_hidden_state, ids, ids, logits, model).detach())
+
+    torch.manual_seed(0)
+    untrained = type(after)(after.config)
+    untrained.load_state_dict(before.state_dict(), strict=False)
+    assert loss_of_the_head(after) < loss_of_the_head(untrained) - 0.05
+    prompt, options = ids[:, :40], {"do_sample": False, "max_new_tokens": 40}
+    assert torch.equal(after.generate(prompt, **options, use_mtp=True), before.generate(prompt, **options))
+
+
 def test_nats_of_every_shape_of_logits():
     """As many logits as labels (the last predicts nothing), or one for each of the last labels."""
     torch.manual_seed(0)

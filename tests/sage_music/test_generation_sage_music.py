@@ -266,3 +266,22 @@ def test_a_grammar_for_another_vocabulary_is_refused(tokenizer):
     config.grammar = {**config.grammar, "first_type": [0, 1]}
     with pytest.raises(ValueError, match="vocabulary"):
         MidiGrammarLogitsProcessor(config)
+
+
+def test_the_grammar_remembers_only_what_still_holds(tokenizer, bpe_tokenizer):
+    """Ids that grow, fall back, change their past, swap rows: the answer is that of a processor that saw nothing."""
+    for chosen in (tokenizer, bpe_tokenizer):
+        config = tiny_model(chosen).config
+        grammar = MidiGrammarLogitsProcessor(config)
+        rows = torch.tensor([chosen.midi_to_ids(band(seed=seed))[:90] for seed in (1, 2, 3)])
+        rng = torch.Generator().manual_seed(0)
+        length = 5
+        for _ in range(150):
+            length = min(max(length + int(torch.randint(-6, 9, (), generator=rng)), 1), rows.shape[1])
+            if torch.rand((), generator=rng) < 0.1:
+                rows = rows[torch.randperm(3, generator=rng)]
+            if torch.rand((), generator=rng) < 0.1:  # in place, as beam search does
+                rows[:, int(torch.randint(length, (), generator=rng))] = int(rows[0, 30])
+            fresh = MidiGrammarLogitsProcessor(config)
+            expected = fresh._follow(*fresh._read(rows[:, :length]))
+            assert torch.equal(grammar.allowed(rows[:, :length]), expected)

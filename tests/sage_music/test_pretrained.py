@@ -19,8 +19,10 @@ def loaded():
 
 def test_it_is_small_and_complete():
     files = {path.name: path.stat().st_size for path in PRETRAINED.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "miditok.json"} <= set(files)
-    assert sum(files.values()) <= 24e6
+    weights = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    others = ("config.json", "generation_config.json", "model.safetensors.index.json", "miditok.json")
+    assert {*weights, *others} <= set(files)
+    assert files[weights[0]] <= 24e6 and files[weights[1]] <= 1.6e6  # the model, and its draft head
 
 
 def test_two_hundred_samples_are_valid(loaded):

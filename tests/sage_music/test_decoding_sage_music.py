@@ -1,0 +1,171 @@
+"""The decode step computes what the modules compute, and steps aside where somebody listens to a module."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CompileConfig
+
+from sage_music import SageMusicCache
+from sage_music.decoding_sage_music import DecodeStep, lay_out_weights
+
+ROUTED = ["head", "head-uneven"]
+
+
+def logits_of(model, ids, sizes, step, mask=None):
+    """Logits of everything after the first piece, piece by piece on one cache."""
+    cache, start, parts = SageMusicCache(model.config), 0, []
+    for size in sizes:
+        seen = None if mask is None else mask[:, : start + size]
+        with torch.no_grad():
+            piece = model(ids[:, start : start + size], attention_mask=seen, past_key_values=cache, use_cache=True)
+        parts.append(piece.logits)
+        cache.step = step
+        start += size
+    return torch.cat(parts[1:], dim=1), cache
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+@pytest.mark.parametrize("sizes", [[60] + [1] * 30, [50, 4, 1, 16, 2]], ids=["tokens", "pieces"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_step_equals_the_modules(tokenizer, prompts, routing, sizes, rows):
+    model = tiny_model(tokenizer, routing).double()
+    ids, mask = prompts[-rows:].clone(), torch.ones_like(prompts[-rows:])
+    ids[-1, :9], mask[-1, :9] = 0, 0  # padded on the left
+    expected, plain = logits_of(model, ids, sizes, None, mask)
+    got, cache = logits_of(model, ids, sizes, DecodeStep(model.model), mask)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+    assert cache.get_seq_length() == plain.get_seq_length() and torch.equal(cache.lengths, plain.lengths)
+
+
+def test_single_precision_differs_by_rounding_alone(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head", initializer_range=0.1)
+    expected, _ = logits_of(model, prompts[:1], [60] + [1] * 30, None)
+    got, _ = logits_of(model, prompts[:1], [60] + [1] * 30, DecodeStep(model.model))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_generate_decodes_by_the_step(tokenizer, prompts, monkeypatch):
+    model, lengths = tiny_model(tokenizer, "head"), []
+    whole = DecodeStep.__call__
+    monkeypatch.setattr(
+        DecodeStep, "__call__", lambda self, ids, *rest: lengths.append(ids.shape[1]) or whole(self, ids, *rest)
+    )
+    model.generate(prompts, do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    assert lengths == [1] * 5  # the first token comes from the prefill
+    lengths.clear()
+    model.generate(prompts[:1], do_sample=False, max_new_tokens=12, prompt_lookup_num_tokens=4)
+    assert 1 < max(lengths) <= 5
+
+
+def test_hooks_and_requested_outputs_are_served(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head")
+    options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    expected = model.generate(prompts[:1], **options)
+    outputs = model.generate(prompts[:1], **options, output_hidden_states=True, return_dict_in_generate=True)
+    assert torch.equal(outputs.sequences, expected)
+    assert len(outputs.hidden_states) == 5 and len(outputs.hidden_states[1]) == 3  # embedding and two layers
+    seen = {"layer": 0, "linear": 0}
+
+    def listener(name):
+        def count(*_):
+            seen[name] += 1
+
+        return count
+
+    with_linear = model.model.layers[0].mlp.up_proj.register_forward_hook(listener("linear"))
+    assert torch.equal(model.generate(prompts[:1], **options), expected)
+    with_linear.remove()
+    with_layer = model.model.layers[1].register_forward_pre_hook(listener("layer"))
+    assert torch.equal(model.generate(prompts[:1], **options), expected)
+    with_layer.remove()
+    assert seen == {"layer": 5, "linear": 5}
+
+
+class Adapted(nn.Module):
+    """A linear layer in a wrapper, as adapters do it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.shift = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, states):
+        return self.base_layer(states) + self.shift(states)
+
+
+def test_replaced_modules_and_changed_weights_count(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head").double()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(attention.q_proj).double()
+    step = DecodeStep(model.model)
+    for _ in range(2):
+        expected, _ = logits_of(model, prompts, [60] + [1] * 8, None)
+        got, _ = logits_of(model, prompts, [60] + [1] * 8, step)
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.data = model.model.layers[1].mlp.up_proj.weight.data * 2
+
+
+def test_laying_out_changes_nothing_but_strides(tokenizer, prompts, tmp_path):
+    model = tiny_model(tokenizer, "head")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.generate(prompts[:1], max_new_tokens=2)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.shape == (96, 64) and weight.stride() == (1, 96)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in saved.items()) and len(saved) > 10
+    assert model.get_input_embeddings().weight.is_contiguous()
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(prompts, labels=prompts).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.to(torch.bfloat16)
+    lay_out_weights(model)
+    assert weight.stride() == (64, 1)
+
+
+def test_a_training_model_keeps_its_layout(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head").train()
+    model.generate(prompts[:1], max_new_tokens=2)
+    assert model.model.layers[0].mlp.up_proj.weight.is_contiguous()
+
+
+def test_compiled_once_for_all_lengths(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head")
+    options = {"do_sample": False, "eos_token_id": None}
+    compiled = {**options, "compile_config": CompileConfig(fullgraph=True, options={"cpp_wrapper": False})}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for length, new in ((30, 100), (100, 60), (5, 20)):
+        prompt = prompts[:1, :length]
+        expected = model.generate(prompt, **options, max_new_tokens=new)
+        assert torch.equal(model.generate(prompt, **compiled, max_new_tokens=new), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    drafted = model.generate(prompts[:1, :40], **compiled, max_new_tokens=60, prompt_lookup_num_tokens=4)
+    assert torch.equal(drafted, model.generate(prompts[:1, :40], **options, max_new_tokens=60))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one more for several tokens at a time
+    assert not copy.deepcopy(model)._decode_step and model._decode_step
+
+
+def test_where_nothing_can_be_compiled_decoding_goes_on_and_says_so(tokenizer, prompts):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    model = tiny_model(tokenizer, "head")
+    options = {"do_sample": False, "max_new_tokens": 10}
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="uncompiled.*no compiler here"):
+        got = model.generate(prompts[:1], **options, compile_config=CompileConfig(backend=broken))
+    assert torch.equal(got, model.generate(prompts[:1], **options))
