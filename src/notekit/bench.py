@@ -32,10 +32,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from sage_music import NoDoubledNotesLogitsProcessor, SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
+from sage_music import (
+    NoDoubledNotesLogitsProcessor,
+    SageMusicConfig,
+    SageMusicForCausalLM,
+    SageMusicTokenizer,
+    quantize_int8,
+)
 
 from .compose import _window
 from .sampling import sampling_options, seeded
@@ -56,14 +62,18 @@ NAMES = {
     "gqa": "Llama, GQA",
     "mqa": "Llama, MQA",
     "ours": "SAGE-Music",
+    "compiled": "SAGE-Music compiled",
     "bf16": "SAGE-Music bf16",
     "int8": "SAGE-Music int8",
+    "int8-compiled": "SAGE-Music int8 compiled",
     "draft": "SAGE-Music + draft",
     "int8-draft": "SAGE-Music int8 + draft",
+    "int8-compiled-draft": "SAGE-Music int8 compiled + draft",
 }
 MODELS = tuple(NAMES)
-DRAFTED = {"draft": "ours", "int8-draft": "int8"}
-FULL_PRECISION = ("full", "gqa", "mqa", "ours")
+DRAFTED = {"draft": "ours", "int8-draft": "int8", "int8-compiled-draft": "int8-compiled"}
+COMPILED = ("compiled", "int8-compiled", "int8-compiled-draft")
+FULL_PRECISION = ("full", "gqa", "mqa", "ours", "compiled")
 SLOW_S = 120.0  # a cell whose warm-up takes longer is measured once
 STREAM_BYTES = 512 << 20
 
@@ -398,11 +408,12 @@ def rivals_of(ours: SageMusicForCausalLM, keys: Sequence[str], remarks: list[str
 
     def quantized():
         if "int8" not in made:
-            from sage_music import quantize_int8
-
             made["int8"] = quantize_int8(copy.deepcopy(ours))
         return made["int8"]
 
+    compiling = {"compile_config": CompileConfig(fullgraph=True)}
+    if ours.device.type == "cuda":  # there `generate()` compiles what has a static cache
+        compiling = {"cache_implementation": "static"}
     rivals = []
     for key in [key for key in MODELS if key in keys]:
         name = NAMES[key]
@@ -410,21 +421,19 @@ def rivals_of(ours: SageMusicForCausalLM, keys: Sequence[str], remarks: list[str
             name = f"{name} ({kv_heads[key]} heads)" if key == "gqa" else name
             rivals.append(Rival(key, name, stock_llama(config, kv_heads[key]).to(ours.device)))
             continue
-        if key in DRAFTED and not getattr(config, "num_mtp_layers", 0):
-            remarks.append(f"{name} is left out: this model has no drafting heads")
+        if key in DRAFTED and not config.num_mtp_layers:
+            remarks.append(f"{name} is left out: this model has no draft head")
             continue
         try:
             if key == "bf16":
                 model = copy.deepcopy(ours).to(torch.bfloat16)
             else:
                 model = quantized() if key.startswith("int8") else ours
-        except ImportError:
-            remarks.append(f"{name} is left out: this version has no quantize_int8")
-            continue
         except (RuntimeError, ValueError, NotImplementedError) as error:
             remarks.append(f"{name} is left out: {' '.join(str(error).split())}")
             continue
-        rivals.append(Rival(key, name, model, {"use_mtp": True} if key in DRAFTED else {}))
+        options = {"use_mtp": True} if key in DRAFTED else {}
+        rivals.append(Rival(key, name, model, options | (compiling if key in COMPILED else {})))
     return rivals
 
 

@@ -22,9 +22,12 @@ from .midi import InvalidMidiError, describe, read_score, write_midi
 from .notes import instrument_name
 from .render import MissingExtraError, render_piano_roll, render_wav
 
+# Ways to decode faster: int8 weights, a compiled step, drafted tokens.
+FASTER = ("int8", "compile", "draft")
+
 # Families by model_type: the name, and the options that only this family has (their default is None: not given).
 FAMILIES = {
-    "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free")),
+    "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free", *FASTER)),
     "perceivers": ("PerceiverS", ("minutes", "max_tokens", "max_note_seconds", "prompt_seconds")),
 }
 
@@ -75,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     def add_model(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model", help="sage-music (default), perceivers, a checkpoint folder or a Hub name")
 
+    def with_speed(add) -> None:
+        add("--int8", action="store_true", default=None, help="weights in 8-bit integers")
+        add("--compile", action="store_true", default=None, help="compile decoding first: seconds, and a C++ compiler")
+        add("--draft", action="store_true", default=None, help="guess tokens and check several at a time: same music")
+
     def with_sampling(sub: argparse.ArgumentParser, continues: bool) -> None:
         with_model(sub)
         add = sub.add_argument
@@ -88,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         add = sub.add_argument_group("SAGE-Music").add_argument
         add("--bars", type=positive_int, help=f"bars to write (default: {BARS})")
         add("--programs", type=program_list, help="only these programs, as in 0,33,drums")
+        with_speed(add)
         if continues:
             add("--prompt-bars", type=positive_int, help=f"bars to keep (default: {PROMPT_BARS})")
             free = "allow instruments, meters, tempos the prompt has not"
@@ -124,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, help="nucleus sampling (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
     add("--out", type=Path, metavar="FILE.mid", help="write the whole piece")
+    with_speed(add)
     add("--report", action="store_true", help="print to stderr how the notes kept up with playing them")
 
     sub = command("render", run_render, "Write the sound (.wav) and picture (.png) of a MIDI file.")
@@ -142,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = sub.add_argument_group("SAGE-Music").add_argument
     add("--shape", choices=("small", "medium"), help="the checkpoint's (default); 12 layers of width 768, random")
     add("--batch", type=positive_int, nargs="+", help="batch sizes (default: 1 16; with --training 2)")
-    add("--models", nargs="+", help="full gqa mqa ours bf16 int8 draft int8-draft (default: all)")
+    add("--models", nargs="+", help="some of full gqa mqa ours compiled bf16 int8 int8-compiled draft int8-draft ...")
     add("--device", choices=("cpu", "cuda"), help="default: cpu")
     add("--prompt", type=Path, metavar="FILE.mid", help="the checkpoint's prompts continue it (default: from nothing)")
     add("--training", action="store_true", default=None, help="instead: a training step, against a Llama of equal size")
@@ -189,6 +199,26 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
+def _speed_up(model, options: dict) -> None:
+    """Quantise the model and turn the options in `FASTER` into those of `generate()`."""
+    int8, compiled, draft = (options.pop(name, None) for name in FASTER)
+    generate_options = {}
+    if int8:
+        from sage_music import quantize_int8
+
+        quantize_int8(model)
+    if compiled:
+        from transformers import CompileConfig
+
+        generate_options["compile_config"] = CompileConfig(fullgraph=True)
+    if draft:
+        if model.draft is None:
+            raise ValueError("--draft: this checkpoint has no draft head (config.num_mtp_layers is 0).")
+        generate_options["use_mtp"] = True
+    if generate_options:
+        options["generate_options"] = generate_options
+
+
 def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
     from tqdm import tqdm
 
@@ -208,6 +238,7 @@ def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
         from .compose import generate_piece as begin
 
         total = options.get("bars", BARS)
+        _speed_up(model, options)
     write = partial(begin, model, tokenizer) if prompt is None else partial(go_on, model, tokenizer, prompt)
     bar_options = {
         "total": None if total is None else round(total),
@@ -282,7 +313,8 @@ def run_stream(args) -> dict:
         raise ValueError("stream needs a SAGE-Music checkpoint; this one is PerceiverS: use continue or generate.")
     names = ("bars", "programs", "temperature", "top_p", "seed")
     names += ("tempo", "time_signature") if begins else ("prompt_bars", "free")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in (*names, *FASTER) if getattr(args, name) is not None}
+    _speed_up(model, options)
     notes = []
     if not args.json:
         print(NOTE_HEADER, flush=True)

@@ -141,6 +141,7 @@ def generate_piece(
         temperature, top_p: sampling, the checkpoint's own by default; `temperature=0` takes the likeliest token.
         seed: same seed, same piece.
         progress: called as `progress(bars_done, notes)` after every bar.
+        generate_options: more options of `generate()`, such as `{"use_mtp": True}` or a `compile_config`.
 
     Raises:
         ValueError: an option outside its range, naming it.
@@ -187,7 +188,7 @@ class Plan:
         allowed: per kind of token (`"Program"`), the only ones that may be written.
         tempos: exact tempos up to the end of `ids`, in ticks of the decoded score, in place of those that tokens can
             state; `None` keeps the tokens'.
-        temperature, top_p, seed, progress: as for `generate_piece`.
+        temperature, top_p, seed, progress, generate_options: as for `generate_piece`.
 
     Raises:
         ValueError: an option outside its range, naming it.
@@ -205,6 +206,7 @@ class Plan:
     top_p: float | None = None
     seed: int | None = None
     progress: Callable[[int, int], None] | None = None
+    generate_options: dict | None = None
     forbidden: list[int] = field(init=False)
     sampling: dict = field(init=False)
 
@@ -280,7 +282,7 @@ class Plan:
                     ),
                     suppress_tokens=self.forbidden or None,
                     streamer=_Progress(model.config, self.progress, done - self.prompt_bars, notes, streamer),
-                    **self.sampling,
+                    **self.sampling | (self.generate_options or {}),
                 )
                 new = output[0, len(window.ids) :].tolist()
                 ids = ids + new
@@ -366,6 +368,8 @@ class _LeaveProgram(LogitsProcessor):
         self.notes = torch.tensor(config.grammar["drum_needed"]) >= 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self.forbidden:
+            return scores
         current = next((token for token in reversed(input_ids[0].tolist()) if token in self.programs), None)
         if current in self.forbidden:
             scores = scores.masked_fill(self.notes.to(scores.device), -torch.inf)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 UNCHANGED = -2
 # What the grammar keeps in mind besides the last token's type, and how a sequence begins.
@@ -123,6 +123,17 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~self.allowed(input_ids), -torch.inf)
 
 
+class PlainLogitsProcessorList(LogitsProcessorList):
+    """`LogitsProcessorList` that calls its processors. The stock one reads each one's signature for every token."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        if kwargs:
+            return super().__call__(input_ids, scores, **kwargs)
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
+
+
 class BarCountCriteria(StoppingCriteria):
     """Stops a sequence at the bar line that ends bar number `bars`, counted from the start of the sequence.
 
@@ -211,4 +222,5 @@ __all__ = [
     "MidiGrammarLogitsProcessor",
     "MinBarsLogitsProcessor",
     "NoDoubledNotesLogitsProcessor",
+    "PlainLogitsProcessorList",
 ]

@@ -26,7 +26,7 @@ from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
 from .decoding_sage_music import DecodeStep, lay_out_weights
 from .drafting_sage_music import DraftCandidateGenerator, SageMusicDraftHead
-from .generation_sage_music import MidiGrammarLogitsProcessor
+from .generation_sage_music import MidiGrammarLogitsProcessor, PlainLogitsProcessorList
 from .quantization_sage_music import is_int8
 
 
@@ -431,7 +431,7 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         if self.config.grammar is not None and getattr(generation_config, "midi_grammar", True):
             # First: a top-k or top-p filter must choose among valid tokens, or it may leave none.
             processors.insert(0, MidiGrammarLogitsProcessor(self.config))
-        return processors
+        return PlainLogitsProcessorList(processors)
 
 
 __all__ = ["SageMusicForCausalLM", "SageMusicModel", "SageMusicPreTrainedModel"]

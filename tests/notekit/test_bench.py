@@ -154,7 +154,7 @@ def test_every_model_is_measured_at_every_context_and_batch(result):
         assert 0 < row["ms_per_note_p50"] <= row["ms_per_note_p95"] <= row["ms_per_note_p99"]
         # The first note waits for the prompt, and for the tokens that it has more than one.
         assert row["first_note_ms"] > 1000 * row["batch"] * row["context"] / row["prefill_tokens_per_second"]
-    assert any("drafting heads" in remark for remark in result["remarks"])
+    assert any("draft head" in remark for remark in result["remarks"])
     assert "from nothing" in result["prompts"]["batch 1"] and "ahead" in result["prompts"]["larger batches"]
     assert result["bandwidth"]["products_gb_s"] > 0 and result["bandwidth"]["stream_gb_s"] > 0
 
@@ -287,7 +287,7 @@ def test_shape_medium_has_random_weights_and_no_drafting_heads(tokenizer, monkey
     assert (found["shape"]["hidden_size"], found["shape"]["layers"], found["shape"]["name"]) == (48, 3, "medium")
     assert found["rows"][1]["cache_bytes_per_token"] < 1.2 * 3 * 2 * 8 * 4  # one head in each of the three layers
     assert "speed_ratio" not in found["rows"][0] and "written" not in found["prompts"]["batch 1"]
-    assert any("drafting heads" in remark for remark in found["remarks"])
+    assert any("draft head" in remark for remark in found["remarks"])
     assert "| 32 | SAGE-Music | 1 |" in bench_report.table(found)
 
 
@@ -321,24 +321,25 @@ def test_drafting_is_measured_greedy_and_sampled_at_batch_one(tokenizer, monkeyp
     assert "| 32 | SAGE-Music + draft | 1 |" in bench_report.table(found)
 
 
-def test_int8_is_measured_or_its_absence_said(tokenizer):
-    model = tiny_model(tokenizer)
+def test_int8_and_compiled_rows_are_what_they_say(tokenizer):
+    model = tiny_model(tokenizer, num_mtp_layers=1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    keys = ["ours", "compiled", "int8", "int8-compiled-draft"]
+    rivals = {rival.key: rival for rival in bench.rivals_of(bench.shaped(model, "small", 64), keys, [])}
+    assert list(rivals) == keys
+    assert bench.stored_bytes(rivals["int8"].model) < bench.stored_bytes(rivals["ours"].model)
+    assert rivals["compiled"].model is rivals["ours"].model and "compile_config" in rivals["compiled"].options
+    assert rivals["int8-compiled-draft"].options.keys() == {"use_mtp", "compile_config"}
     found = bench.compare(model, tokenizer, [32], **SMALL, batches=[1], models=["ours", "int8"])
-    if hasattr(sage_music, "quantize_int8"):
-        ours, int8 = bench.rivals_of(bench.shaped(model, "small", 64), ["ours", "int8"], [])
-        assert bench.stored_bytes(int8.model) < bench.stored_bytes(ours.model)
-    measured = [row["key"] for row in found["rows"]]
-    assert ("int8" in measured) != any("int8 is left out" in remark for remark in found["remarks"])
+    assert [row["key"] for row in found["rows"]] == ["ours", "int8"]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_without_quantize_int8_its_rows_are_left_out_with_a_remark(tokenizer, monkeypatch):
-    monkeypatch.delattr(sage_music, "quantize_int8", raising=False)
+def test_what_int8_refuses_is_left_out_with_a_remark(tokenizer):
     remarks = []
-    model = tiny_model(tokenizer, num_mtp_layers=1)
-    assert [r.key for r in bench.rivals_of(model, ["int8-draft", "ours", "int8"], remarks)] == ["ours"]
-    assert len(remarks) == 2 and all("no quantize_int8" in remark for remark in remarks)
+    model = tiny_model(tokenizer).to(torch.float64)
+    assert [r.key for r in bench.rivals_of(model, ["ours", "int8"], remarks)] == ["ours"]
+    assert len(remarks) == 1 and "SAGE-Music int8 is left out" in remarks[0] and "float32" in remarks[0]
 
 
 def test_a_cache_that_would_not_fit_is_left_out_with_a_remark(tokenizer, monkeypatch):

@@ -144,12 +144,13 @@ def test_info_describes_a_perceivers_checkpoint(capsys, perceivers):
 
 
 def test_bench_compares_with_a_stock_llama(capsys):
-    code, text, _ = run(capsys, "bench", "--contexts", 64, 128, "--tokens", 4, "--rounds", 1, "--json")
+    few = ("--batch", 1, "--tokens", 4, "--rounds", 1, "--models", "full", "ours")
+    code, text, _ = run(capsys, "bench", "--contexts", 64, 128, *few, "--json")
     rows = json.loads(text)["rows"]
     assert code == 0 and [row["context"] for row in rows] == [64, 64, 128, 128]
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert rows[3]["cache_ratio"] > 5
-    code, text, _ = run(capsys, "bench", "--contexts", 64, "--tokens", 4, "--rounds", 1)
+    code, text, _ = run(capsys, "bench", "--contexts", 64, *few)
     assert "| 64 | SAGE-Music |" in text
 
 
@@ -208,3 +209,26 @@ def test_as_a_process_there_is_no_traceback(tmp_path):
         [sys.executable, "-m", "notekit.cli", "render", str(tmp_path / "x.mid")], capture_output=True, text=True
     )
     assert run.returncode == 2 and "Traceback" not in run.stderr and "x.mid" in run.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "stream"])
+def test_faster_ways_write_music(capsys, tmp_path, command):
+    code, text, err = run(
+        capsys, command, "--bars", 2, "--int8", "--draft", "--seed", 3, "--out", tmp_path / "a.mid", "--json"
+    )
+    summary = json.loads(text.splitlines()[-1])
+    assert code == 0, err
+    assert (summary["pieces"][0] if command == "generate" else summary)["notes"] > 0
+    assert read_score(tmp_path / "a.mid").note_num() > 0
+
+
+def test_drafting_gives_the_same_greedy_music(capsys, tmp_path):
+    for name, flags in (("plain", ()), ("draft", ("--draft",))):
+        code, *_ = run(capsys, "generate", "--bars", 3, "--temperature", 0, "--out", tmp_path / f"{name}.mid", *flags)
+        assert code == 0
+    assert (tmp_path / "plain.mid").read_bytes() == (tmp_path / "draft.mid").read_bytes()
+
+
+def test_faster_ways_are_refused_where_there_are_none(capsys, tmp_path):
+    code, _, err = run(capsys, "generate", "--model", "perceivers", "--int8", "--out", tmp_path / "a.mid")
+    assert code == 2 and "--int8 is an option of SAGE-Music" in err
