@@ -140,6 +140,7 @@ class DraftCandidateGenerator(CandidateGenerator):
         ends += [] if eos is None else eos if isinstance(eos, list) else [eos]
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
         self.ends[ends] = True
+        self.end_ids = set(ends)
         self.window = None
 
     def get_candidates(
@@ -157,12 +158,11 @@ class DraftCandidateGenerator(CandidateGenerator):
         for _ in range(steps):
             state = self.head.step(state, embed(ids[:, -1]))
             scores = read(self.head.norm(state)).float()
-            for processor in self.logits_processor:  # the list itself inspects every signature at every call
-                scores = processor(ids, scores)
-            probabilities = scores.softmax(-1)
-            best, token = probabilities.max(-1, keepdim=True)
-            confidence *= float(best)
-            if confidence < self.threshold or self.ends[token]:
+            scores = self.logits_processor(ids, scores)
+            token = scores.argmax(-1, keepdim=True)
+            if self.threshold:
+                confidence *= float(scores.softmax(-1).amax())
+            if confidence < self.threshold or int(token) in self.end_ids:
                 break
             if self.do_sample:
                 scores = scores.masked_fill(self.ends, -torch.inf)
