@@ -11,7 +11,8 @@ from .render import MissingExtraError
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; ours in strong colours, rivals in quiet ones.
 COLOURS = {
-    "int8-draft": "#D55E00",
+    "int8-compiled-draft": "#D55E00",
+    "int8-compiled": "#CC79A7",
     "int8": "#E69F00",
     "ours": "#0072B2",
     "mqa": "#009E73",
@@ -195,8 +196,8 @@ def figure(result: dict, path: str | os.PathLike) -> Path:
     memory = {
         key: [row["cache_padded_bytes_per_token"] * row["context"] / 1e6 for row in line] for key, line in lines.items()
     }
-    # Weights of lower precision and drafting leave the cache as it is: it is drawn once.
-    cached = {key: values for key, values in memory.items() if key not in ("int8", "int8-draft") or "ours" not in lines}
+    # Weights of lower precision, compiling and drafting leave the cache as it is: it is drawn once.
+    cached = {key: values for key, values in memory.items() if not key.startswith("int8") or "ours" not in lines}
     _draw(right, lines, cached, "cache of one sequence, MB")
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=110)

@@ -54,7 +54,8 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
             )
         }
         self._changes = list(zip(*(grammar[name] for name in ("last_type", *STATE)), strict=True))
-        self._seen: torch.Tensor | None = None  # the ids of the last call, and the states of their rows at some lengths
+        # (B, capacity) the longest ids seen of late, and the states of their rows at some lengths, rising.
+        self._seen: torch.Tensor | None = None
         self._states: dict[int, list[tuple[int, int, int, int]]] = {}
         self._masks: dict[tuple[int, int, int, int], torch.Tensor] = {}
 
@@ -78,39 +79,51 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
 
     def allowed(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         """(B, V) bool: tokens that may follow `input_ids` (B, T)."""
+        return ~self._forbidden(input_ids)
+
+    def _forbidden(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """(B, V) bool: tokens that must not follow."""
         if input_ids.device.type == "cpu":
             rows = [self._mask(state) for state in self._row_states(input_ids)]
-            return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.follows.device != input_ids.device:
             self.follows = self.follows.to(input_ids.device)
             self.fields = {name: values.to(input_ids.device) for name, values in self.fields.items()}
-        return self._follow(*self._read(input_ids))
+        return ~self._follow(*self._read(input_ids))
 
     def _mask(self, state: tuple[int, int, int, int]) -> torch.BoolTensor:
-        """(V,) bool: what may follow one state."""
+        """(1, V) bool: what must not follow one state."""
         if state not in self._masks:
-            self._masks[state] = self._follow(*torch.tensor(state)[:, None, None])[0]
+            self._masks[state] = ~self._follow(*torch.tensor(state)[:, None, None])
         return self._masks[state]
 
     def _row_states(self, input_ids: torch.LongTensor) -> list[tuple[int, int, int, int]]:
         """The state of each row; only tokens after the longest beginning that is known are read."""
-        length, known = input_ids.shape[1], self._known(input_ids)
+        rows, length = input_ids.shape
+        known = self._known(input_ids)
+        if known == length:
+            return self._states[length]
         if known is None:
-            known, kept = length, {}
             states = list(zip(*self._read(input_ids)[..., 0].tolist(), strict=True))
+            self._seen, self._states = input_ids.new_empty(rows, 2 * length + KEPT_STATES), {}
+            known = 0
         else:
             states = self._states[known]
-            kept = {n: old for n, old in self._states.items() if length - KEPT_STATES < n <= known}
-        for tokens in input_ids[:, known:].T.tolist():
-            states = [self._after(*pair) for pair in zip(states, tokens, strict=True)]
-        self._seen, self._states = input_ids.clone(), {**kept, length: states}
+            for tokens in input_ids[:, known:].T.tolist():
+                states = [self._after(*pair) for pair in zip(states, tokens, strict=True)]
+            # Longer ones belong to another continuation, much shorter ones are out of reach.
+            self._states = {n: old for n, old in self._states.items() if length - KEPT_STATES < n <= known}
+            while length > self._seen.shape[1]:
+                self._seen = torch.cat((self._seen, torch.empty_like(self._seen)), dim=1)
+        self._seen[:, known:length] = input_ids[:, known:]
+        self._states[length] = states
         return states
 
     def _known(self, input_ids: torch.LongTensor) -> int | None:
-        """A length at which states are known and these ids begin as the last ones did: compared, not trusted."""
+        """A length at which states are known and these ids begin as those before them did: compared, not trusted."""
         if self._seen is None or len(self._seen) != len(input_ids):
             return None
-        lengths = sorted((n for n in self._states if n <= input_ids.shape[1]), reverse=True)
+        lengths = [n for n in reversed(self._states) if n <= input_ids.shape[1]]
         return next((n for n in lengths[:3] if torch.equal(self._seen[:, :n], input_ids[:, :n])), None)
 
     def _after(self, state: tuple[int, int, int, int], token: int) -> tuple[int, int, int, int]:
@@ -120,7 +133,7 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if input_ids.shape[1] == 0:  # generation from inputs_embeds: nothing is known of what came before
             return scores
-        return scores.masked_fill(~self.allowed(input_ids), -torch.inf)
+        return scores.masked_fill(self._forbidden(input_ids), -torch.inf)
 
 
 class PlainLogitsProcessorList(LogitsProcessorList):

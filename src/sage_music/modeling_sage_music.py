@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_sage_music import FEW_TOKENS, AttributePlan, SageMusicAttention, plan_prefill
 from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
-from .decoding_sage_music import DecodeStep, lay_out_weights
+from .decoding_sage_music import DecodeStep
 from .drafting_sage_music import DraftCandidateGenerator, SageMusicDraftHead
 from .generation_sage_music import MidiGrammarLogitsProcessor, PlainLogitsProcessorList
 from .quantization_sage_music import is_int8
@@ -391,8 +391,6 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
                 cache = StaticCache(self.config, max_cache_len=longest)
         else:
             cache = SageMusicCache(self.config, offloading=implementation == "offloaded")
-            if not self.training:
-                lay_out_weights(self)
             if implementation != "offloaded":
                 options = self._compile_options(generation_config)
                 self._decode_step = cache.step = DecodeStep.of(self.model, self._decode_step, options)

@@ -23,7 +23,7 @@ class Int8Linear(nn.Module):
         """`weight` (out_features, in_features) is read, not kept."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        weight = weight.detach().float().contiguous()  # `lay_out_weights` may have been there
+        weight = weight.detach().float().contiguous()
         # The kernel takes bfloat16 scales: rounded first, so that the integers make up for it.
         largest = weight.abs().amax(dim=1).clamp(min=1e-12)
         scale = (largest / 127).to(torch.bfloat16)

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import tiny_model
-from safetensors.torch import load_file
 from torch import nn
 from transformers import CompileConfig
 
 from sage_music import SageMusicCache
-from sage_music.decoding_sage_music import DecodeStep, lay_out_weights
+from sage_music.decoding_sage_music import DecodeStep
 
 ROUTED = ["head", "head-uneven"]
 
@@ -109,37 +108,13 @@ def test_replaced_modules_and_changed_weights_count(tokenizer, prompts):
             model.model.layers[1].mlp.up_proj.weight.data = model.model.layers[1].mlp.up_proj.weight.data * 2
 
 
-def test_laying_out_changes_nothing_but_strides(tokenizer, prompts, tmp_path):
+def test_decoding_leaves_the_weights_alone(tokenizer, prompts):
     model = tiny_model(tokenizer, "head")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.generate(prompts[:1], max_new_tokens=2)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    assert weight.shape == (96, 64) and weight.stride() == (1, 96)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(value, before[name]) for name, value in saved.items()) and len(saved) > 10
-    assert model.get_input_embeddings().weight.is_contiguous()
-
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(prompts, labels=prompts).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.to(torch.bfloat16)
-    lay_out_weights(model)
-    assert weight.stride() == (64, 1)
-
-
-def test_a_training_model_keeps_its_layout(tokenizer, prompts):
-    model = tiny_model(tokenizer, "head").train()
-    model.generate(prompts[:1], max_new_tokens=2)
-    assert model.model.layers[0].mlp.up_proj.weight.is_contiguous()
+    before = {name: (value.data_ptr(), value.stride(), value.clone()) for name, value in model.named_parameters()}
+    model.generate(prompts[:1], max_new_tokens=5)
+    for name, value in model.named_parameters():
+        address, stride, copied = before[name]
+        assert (value.data_ptr(), value.stride()) == (address, stride) and torch.equal(value, copied)
 
 
 def test_compiled_once_for_all_lengths(tokenizer, prompts):
@@ -155,7 +130,7 @@ def test_compiled_once_for_all_lengths(tokenizer, prompts):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     drafted = model.generate(prompts[:1, :40], **compiled, max_new_tokens=60, prompt_lookup_num_tokens=4)
     assert torch.equal(drafted, model.generate(prompts[:1, :40], **options, max_new_tokens=60))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one more for several tokens at a time
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # several tokens at a time are not compiled
     assert not copy.deepcopy(model)._decode_step and model._decode_step
 
 
