@@ -15,67 +15,103 @@ from torch import nn
 from .attention_sage_music import FEW_TOKENS, AttributePlan
 from .cache_sage_music import CompactLayer
 
+# Weights of up to so many elements are multiplied in a layout of their own: 2 MB in float32.
+SMALL_WEIGHT = 2**19
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether somebody listens to this module by a hook."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
 
 def _is_plain(*modules: nn.Module) -> bool:
-    """Whether these are `nn.Linear` in float32 without a bias, and nobody listens to them."""
+    """Whether these are `nn.Linear` in float32, stored row by row, without a bias, and nobody listens to them."""
     return all(
         type(module) is nn.Linear
         and module.bias is None
         and module.weight.dtype == torch.float32
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and module.weight.is_contiguous()
+        and not _is_heard(module)
         for module in modules
     )
 
 
 def _call(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """`module` as a function, without the cost of calling it where nobody listens."""
-    return module if module._forward_hooks or module._forward_pre_hooks else module.forward
+    return module if _is_heard(module) else module.forward
 
 
-def _product(states: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None, then: str = "none"):
-    """`states @ weight.T`, and then "swish", or "add" or "mul" of `other`; states (rows, in), weight (out, in).
+class _Product:
+    """Few rows times the weight of a plain linear layer: the bulk of a step, and bound by how fast the weight is read.
 
-    With few rows this is the bulk of a step, and bound by how fast the weight is read. oneDNN reads a large one at
-    about twice the speed of `F.linear` (MKL); compiled, for one row, it is a plain sum, which runs at the memory's own.
+    A small weight is read fastest from a copy in which a column lies in one piece; a large one by oneDNN, at up to
+    twice the speed of `F.linear`; compiled, for one row, by a plain sum, which runs at the memory's own.
     """
-    if torch.compiler.is_compiling():
-        output = (weight * states).sum(-1)[None]
+
+    def __init__(self, module: nn.Linear):
+        self.module, self.is_small = module, module.weight.numel() <= SMALL_WEIGHT
+        self.columns, self.version = None, None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy a small weight again if it has changed."""
+        weight = self.module.weight
+        version = None if weight.is_inference() else (weight.data_ptr(), weight._version)
+        if self.is_small and (version is None or version != self.version):
+            self.columns, self.version = weight.detach().t().contiguous(), version
+
+    def __call__(self, states: torch.Tensor, other: torch.Tensor | None = None, then: str = "none") -> torch.Tensor:
+        """states (rows, in) times the weight, (rows, out); then "swish", or "add" or "mul" of `other` (rows, out)."""
+        if not torch.compiler.is_compiling() and not self.is_small:
+            if other is None:
+                return torch.ops.mkldnn._linear_pointwise.default(states, self.module.weight, None, then, [], "")
+            return torch.ops.mkldnn._linear_pointwise.binary(states, other, self.module.weight, None, then)
+        if torch.compiler.is_compiling():
+            output = (self.module.weight * states).sum(-1)[None]
+        elif then == "add":
+            return torch.addmm(other, states, self.columns)
+        else:
+            output = torch.mm(states, self.columns)
         if then == "swish":
             return F.silu(output)
         return output if other is None else output + other if then == "add" else output * other
-    if other is None:
-        return torch.ops.mkldnn._linear_pointwise.default(states, weight, None, then, [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(states, other, weight, None, then)
 
 
 def _projection(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """(rows, in) to (rows, out)."""
-    return (lambda states: _product(states, module.weight)) if _is_plain(module) else _call(module)
+    return _Product(module) if _is_plain(module) else _call(module)
 
 
-def _residual(module: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+class _Residual:
     """(rows, in) and what to add to (rows, out)."""
-    if _is_plain(module):
-        return lambda states, residual: _product(states, module.weight, residual, "add")
-    call = _call(module)
-    return lambda states, residual: call(states) + residual
+
+    def __init__(self, projection: Callable):
+        self.projection, self.is_fused = projection, isinstance(projection, _Product)
+
+    def __call__(self, states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self.is_fused:
+            return self.projection(states, residual, "add")
+        return self.projection(states) + residual
 
 
-def _gated(mlp: nn.Module, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+class _Gated:
     """(rows, in): `act(gate(x)) * up(x)`."""
-    gate, up, act = mlp.gate_proj, mlp.up_proj, _call(mlp.act_fn)
-    if not _is_plain(gate, up):
-        gate, up = _call(gate), _call(up)
-        return lambda states: act(gate(states)) * up(states)
-    if activation in ("silu", "swish"):
-        return lambda states: _product(states, up.weight, _product(states, gate.weight, then="swish"), "mul")
-    return lambda states: _product(states, up.weight, act(_product(states, gate.weight)), "mul")
+
+    def __init__(self, gate: Callable, up: Callable, act_fn: nn.Module, activation: str):
+        self.gate, self.up, self.act = gate, up, _call(act_fn)
+        plain = isinstance(gate, _Product) and isinstance(up, _Product)
+        self.is_fused = plain and activation in ("silu", "swish") and not _is_heard(act_fn)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if self.is_fused:
+            return self.up(states, self.gate(states, then="swish"), "mul")
+        return self.act(self.gate(states)) * self.up(states)
 
 
 class DecodeStep:
     """Forward passes of a `kv_routing="head"` model over up to `FEW_TOKENS` tokens on top of a `SageMusicCache`.
 
-    Holds the modules, not copies of their weights; `of` makes a new one when modules have been replaced.
+    Holds the modules and copies of small weights; `of` renews what has changed since the last generation.
 
     Args:
         model: a `SageMusicModel`.
@@ -89,23 +125,24 @@ class DecodeStep:
         self.head_dim, self.half, self.kv_heads = config.head_dim, config.head_dim // 2, config.num_key_value_heads
         self.fold = model.layers[0].self_attn.fold
         self.scaling, self.eps, self.shape = self.head_dim**-0.5, config.rms_norm_eps, (config.hidden_size,)
-        self.layers = []
+        self.layers, self.products = [], []
         for layer in model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            products = (
-                _projection(attention.q_proj),
-                _residual(attention.o_proj),
-                _gated(mlp, config.hidden_act),
-                _residual(mlp.down_proj),
-            )
-            self.layers.append((layer.input_layernorm, attention, layer.post_attention_layernorm, *products))
+            made = [
+                _projection(m) for m in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            ]
+            query, mixed, gate, up, down = made
+            gated = _Gated(gate, up, mlp.act_fn, config.hidden_act)
+            norms = layer.input_layernorm, layer.post_attention_layernorm
+            self.layers.append((*norms, attention, query, _Residual(mixed), gated, _Residual(down)))
+            self.products += [product for product in made if isinstance(product, _Product)]
         self.compiled = None if compile_options is None else torch.compile(self.run, **compile_options)
         self.signature = self.sign(model)
 
     @staticmethod
-    def sign(model: nn.Module) -> list[tuple[int, bool]]:
-        """What a step depends on: which modules there are, and whether somebody listens to them."""
-        return [(id(module), bool(module._forward_hooks or module._forward_pre_hooks)) for module in model.modules()]
+    def sign(model: nn.Module) -> list[tuple[int, bool, bool]]:
+        """What a step depends on: which modules there are, whether they are heard, and which are plain."""
+        return [(id(module), _is_heard(module), _is_plain(module)) for module in model.modules()]
 
     @classmethod
     def of(cls, model: nn.Module, old: "DecodeStep | None", compile_options: dict | None) -> "DecodeStep | None":
@@ -120,9 +157,11 @@ class DecodeStep:
         wholes = [model, model.embed_tokens, model.norm, model.rotary_emb]
         for layer in model.layers:
             wholes += [layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in wholes):
+        if any(map(_is_heard, wholes)):
             return None
         if old is not None and old.compile_options == compile_options and old.signature == cls.sign(model):
+            for product in old.products:
+                product.refresh()
             return old
         return cls(model, compile_options)
 
@@ -175,7 +214,7 @@ class DecodeStep:
         norm_rows = self._norm_one if lone else self._norm
         states = states.view(-1, width)
         for parts, buffer in zip(self.layers, buffers, strict=True):
-            norm, attention, next_norm, query_of, add_mixed, gated, add_gated = parts
+            norm, next_norm, attention, query_of, add_mixed, gated, add_gated = parts
             normed = norm_rows(states, norm.weight)
             query = query_of(normed).view(batch, length, -1, head_dim)
             query = torch.addcmul(query * cos, query.roll(half, -1), sin)

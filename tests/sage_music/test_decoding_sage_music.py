@@ -8,7 +8,7 @@ from conftest import tiny_model
 from torch import nn
 from transformers import CompileConfig
 
-from sage_music import SageMusicCache
+from sage_music import SageMusicCache, decoding_sage_music
 from sage_music.decoding_sage_music import DecodeStep
 
 ROUTED = ["head", "head-uneven"]
@@ -96,16 +96,47 @@ class Adapted(nn.Module):
 
 
 def test_replaced_modules_and_changed_weights_count(tokenizer, prompts):
-    model = tiny_model(tokenizer, "head").double()
+    model = tiny_model(tokenizer, "head", initializer_range=0.1)
     attention = model.model.layers[0].self_attn
-    attention.q_proj = Adapted(attention.q_proj).double()
-    step = DecodeStep(model.model)
-    for _ in range(2):
+    attention.q_proj = Adapted(attention.q_proj)
+    step = None
+    for change in ("replaced", "scaled in place", "exchanged"):
+        weight = model.model.layers[1].mlp.up_proj.weight
+        with torch.no_grad():
+            if change == "scaled in place":
+                weight.mul_(2)
+            elif change == "exchanged":
+                weight.data = weight.data / 3
+        old, step = step, DecodeStep.of(model.model, step, None)
+        assert (step is old) == (old is not None)
         expected, _ = logits_of(model, prompts, [60] + [1] * 8, None)
         got, _ = logits_of(model, prompts, [60] + [1] * 8, step)
-        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
-        with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight.data = model.model.layers[1].mlp.up_proj.weight.data * 2
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("small", [0, 2**19])
+@pytest.mark.parametrize("sizes", [[60] + [1] * 30, [50, 4, 1, 16, 2]], ids=["tokens", "pieces"])
+def test_both_ways_to_multiply(tokenizer, prompts, monkeypatch, small, sizes):
+    monkeypatch.setattr(decoding_sage_music, "SMALL_WEIGHT", small)
+    model = tiny_model(tokenizer, "head", initializer_range=0.1)
+    expected, _ = logits_of(model, prompts[:1], sizes, None)
+    got, _ = logits_of(model, prompts[:1], sizes, DecodeStep(model.model))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_a_model_that_changed_between_two_calls_decodes_as_it_is_now(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head")
+    options = {"do_sample": False, "max_new_tokens": 8}
+    model.generate(prompts[:1], **options)
+    model.double()
+    expected = model.generate(prompts[:1], **options, use_cache=False)
+    assert torch.equal(model.generate(prompts[:1], **options), expected)
+    model.model.layers[0].mlp.down_proj = nn.Linear(96, 64, bias=True).double()
+    expected = model.generate(prompts[:1], **options, use_cache=False)
+    assert torch.equal(model.generate(prompts[:1], **options), expected)
+    heard = []
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: heard.append(1))
+    assert torch.equal(model.generate(prompts[:1], **options), expected) and len(heard) >= 8
 
 
 def test_decoding_leaves_the_weights_alone(tokenizer, prompts):
