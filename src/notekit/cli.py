@@ -315,6 +315,10 @@ def run_stream(args) -> dict:
     names += ("tempo", "time_signature") if begins else ("prompt_bars", "free")
     options = {name: getattr(args, name) for name in (*names, *FASTER) if getattr(args, name) is not None}
     _speed_up(model, options)
+    if args.compile:
+        print("compiling ...", file=sys.stderr)
+        with stream_piece(model, tokenizer, bars=1, generate_options=options["generate_options"]) as warm_up:
+            next(iter(warm_up), None)
     notes = []
     if not args.json:
         print(NOTE_HEADER, flush=True)

@@ -38,6 +38,8 @@ from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 
 from .compose import Piece, Plan, plan_continuation, plan_piece
 
+# Parameters of a model that decodes faster on one thread, where another thread has used OpenMP before.
+SMALL_MODEL = 30_000_000
 # A piece begins under its first meter, even where bars come before it, unless one of these comes first.
 NOTE_TOKENS = ("Pitch", "PitchDrum", "Velocity", "Duration")
 
@@ -80,6 +82,8 @@ class NoteStreamer(BaseStreamer):
         bars: hand out only notes of the first so many bars, prompt included, as `decode_midi(bars=...)` does.
         tempos: (quarter note, quarter notes per minute) pairs in order, the prompt's exact tempos in place of those
             that its tokens state.
+        decode_threads: PyTorch's threads for what follows the prompt, in the thread that `start` starts (default: as
+            they are). There OpenMP must wake its helpers for every operation, and a small model is faster with 1.
 
     Attributes:
         stopping_criteria: for `generate(streamer=streamer, stopping_criteria=streamer.stopping_criteria)` in a thread
@@ -91,6 +95,7 @@ class NoteStreamer(BaseStreamer):
         tokenizer: SageMusicTokenizer,
         bars: int | None = None,
         tempos: Sequence[tuple[float, float]] | None = None,
+        decode_threads: int | None = None,
     ):
         if bars is not None and bars < 0:
             raise ValueError(f"bars {bars} must not be negative.")
@@ -101,6 +106,7 @@ class NoteStreamer(BaseStreamer):
         self._began: float | None = None
         self._prompt_seen = self._ended = self._drained = self._cancelled = False
         self._bars, self._prompt_tempos = bars, tempos
+        self._decode_threads, self._own_thread = decode_threads, None
 
         self._held: list[tuple[str, str]] | None = []  # what came before the first meter is known
         self._meter = ""
@@ -129,6 +135,7 @@ class NoteStreamer(BaseStreamer):
         future: Future = Future()
 
         def run() -> None:
+            self._own_thread, threads = threading.get_ident(), torch.get_num_threads()
             try:
                 result = work()
             except BaseException as error:  # whatever it is, nobody but the iterating thread can be told
@@ -137,6 +144,9 @@ class NoteStreamer(BaseStreamer):
             else:
                 future.set_result(result)
                 self.end()
+            finally:
+                if self._decode_threads is not None:
+                    torch.set_num_threads(threads)
 
         # Not a daemon: one that computes while the interpreter goes down can crash it. The main thread's end cancels.
         threading.Thread(target=run, name="note-stream", daemon=False).start()
@@ -154,6 +164,8 @@ class NoteStreamer(BaseStreamer):
             raise ValueError("this NoteStreamer's generation has ended: make a new one for the next.")
         ids = value.flatten().tolist()
         if self._prompt_seen:
+            if self._decode_threads is not None and threading.get_ident() == self._own_thread:
+                torch.set_num_threads(self._decode_threads)
             for index in ids:
                 for kind, text in self._base_tokens(index):
                     self._take(kind, text)
@@ -293,7 +305,8 @@ class NoteStream:
     def __init__(self, plan: Plan, began: float):
         quarter = plan.tokenizer.miditok.time_division
         tempos = None if plan.tempos is None else [(tempo.time / quarter, tempo.qpm) for tempo in plan.tempos]
-        streamer = NoteStreamer(plan.tokenizer, plan.prompt_bars + plan.bars, tempos)
+        threads = 1 if plan.model.device.type == "cpu" and plan.model.num_parameters() < SMALL_MODEL else None
+        streamer = NoteStreamer(plan.tokenizer, plan.prompt_bars + plan.bars, tempos, threads)
         self._streamer = streamer
         self._piece = streamer._run(lambda: plan.write(streamer), began)
         weakref.finalize(self, streamer.cancel)

@@ -136,8 +136,8 @@ class CompactLayer(GrowingLayer):
 
     def reserve(self, rows: int) -> None:
         capacity = self.buffer.shape[3]
-        if rows > capacity:
-            grown = max(rows, capacity + max(capacity // 2, 64))
+        if rows >= capacity:  # never quite full: a compiled step would take that for a case of its own
+            grown = max(rows + 1, capacity + max(capacity // 2, 64))
             grown = self.buffer.new_zeros(*self.buffer.shape[:3], grown, self.buffer.shape[4])
             grown[..., :capacity, :] = self.buffer
             self.buffer = grown

@@ -50,15 +50,13 @@ class _Product:
 
     def __init__(self, module: nn.Linear):
         self.module, self.is_small = module, module.weight.numel() <= SMALL_WEIGHT
-        self.columns, self.version = None, None
+        self.columns: torch.Tensor | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Copy a small weight again if it has changed."""
-        weight = self.module.weight
-        version = None if weight.is_inference() else (weight.data_ptr(), weight._version)
-        if self.is_small and (version is None or version != self.version):
-            self.columns, self.version = weight.detach().t().contiguous(), version
+        """Copy a small weight: it may have changed, and not every change leaves a trace that could be looked for."""
+        if self.is_small:
+            self.columns = self.module.weight.detach().t().contiguous()
 
     def __call__(self, states: torch.Tensor, other: torch.Tensor | None = None, then: str = "none") -> torch.Tensor:
         """states (rows, in) times the weight, (rows, out); then "swish", or "add" or "mul" of `other` (rows, out)."""
@@ -111,7 +109,7 @@ class _Gated:
 class DecodeStep:
     """Forward passes of a `kv_routing="head"` model over up to `FEW_TOKENS` tokens on top of a `SageMusicCache`.
 
-    Holds the modules and copies of small weights; `of` renews what has changed since the last generation.
+    Holds the modules and copies of their small weights; `of` renews both for the next generation.
 
     Args:
         model: a `SageMusicModel`.

@@ -100,11 +100,13 @@ def test_replaced_modules_and_changed_weights_count(tokenizer, prompts):
     attention = model.model.layers[0].self_attn
     attention.q_proj = Adapted(attention.q_proj)
     step = None
-    for change in ("replaced", "scaled in place", "exchanged"):
+    for change in ("replaced", "scaled in place", "scaled behind the version counter", "exchanged"):
         weight = model.model.layers[1].mlp.up_proj.weight
         with torch.no_grad():
             if change == "scaled in place":
                 weight.mul_(2)
+            elif change == "scaled behind the version counter":
+                weight.data.mul_(2)
             elif change == "exchanged":
                 weight.data = weight.data / 3
         old, step = step, DecodeStep.of(model.model, step, None)
