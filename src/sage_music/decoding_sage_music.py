@@ -20,8 +20,8 @@ SMALL_WEIGHT = 2**19
 
 
 def _is_heard(module: nn.Module) -> bool:
-    """Whether somebody listens to this module by a hook."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody listens to this module by a hook, or has put a `forward` on it, as Accelerate does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _is_plain(*modules: nn.Module) -> bool:

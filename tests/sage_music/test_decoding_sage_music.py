@@ -84,6 +84,17 @@ def test_hooks_and_requested_outputs_are_served(tokenizer, prompts):
     assert seen == {"layer": 5, "linear": 5}
 
 
+@pytest.mark.parametrize("name", ["model.layers.1", "model.layers.0.mlp.down_proj", "model.norm"])
+def test_a_forward_put_on_a_module_is_run(tokenizer, prompts, name):
+    model = tiny_model(tokenizer, "head")
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    expected = model.generate(prompts[:1], **options)
+    module, calls = model.get_submodule(name), []
+    whole = module.forward
+    module.forward = lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs)
+    assert torch.equal(model.generate(prompts[:1], **options), expected) and len(calls) == 6
+
+
 class Adapted(nn.Module):
     """A linear layer in a wrapper, as adapters do it."""
 
