@@ -274,13 +274,7 @@ def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
             {
                 "files": [str(file) for file in files],
                 "seed": args.seed + index,
-                **{count: getattr(piece, count) for count in counts},
-                "notes": piece.notes,
-                "seconds": round(piece.seconds, 3),
-                "notes_per_second": round(piece.notes_per_second, 1),
-                "music_seconds": round(piece.music_seconds, 3),
-                "instruments": describe(piece.score),
-                "remarks": piece.remarks,
+                **_counted(piece, counts),
             }
         )
         if not args.json:
@@ -293,6 +287,19 @@ def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
             )
             print(f"  {', '.join(describe(piece.score))}")
     return {"pieces": pieces}
+
+
+def _counted(piece, counts: tuple[str, ...]) -> dict:
+    """What `--json` says of a piece, its family's own `counts` first."""
+    return {
+        **{count: getattr(piece, count) for count in counts},
+        "notes": piece.notes,
+        "seconds": round(piece.seconds, 3),
+        "notes_per_second": round(piece.notes_per_second, 1),
+        "music_seconds": round(piece.music_seconds, 3),
+        "instruments": describe(piece.score),
+        "remarks": piece.remarks,
+    }
 
 
 def run_stream(args) -> dict:
@@ -340,14 +347,7 @@ def run_stream(args) -> dict:
     return {
         "files": files,
         "seed": args.seed,
-        "prompt_bars": piece.prompt_bars,
-        "bars": piece.bars,
-        "notes": piece.notes,
-        "seconds": round(piece.seconds, 3),
-        "notes_per_second": round(piece.notes_per_second, 1),
-        "music_seconds": round(piece.music_seconds, 3),
-        "instruments": describe(piece.score),
-        "remarks": piece.remarks,
+        **_counted(piece, ("prompt_bars", "bars")),
         "latency": report,
     }
 

@@ -24,15 +24,14 @@ def _is_heard(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _is_plain(*modules: nn.Module) -> bool:
-    """Whether these are `nn.Linear` in float32, stored row by row, without a bias, and nobody listens to them."""
-    return all(
+def _is_plain(module: nn.Module) -> bool:
+    """Whether this is an `nn.Linear` in float32, stored row by row, without a bias, and nobody listens to it."""
+    return (
         type(module) is nn.Linear
         and module.bias is None
         and module.weight.dtype == torch.float32
         and module.weight.is_contiguous()
         and not _is_heard(module)
-        for module in modules
     )
 
 

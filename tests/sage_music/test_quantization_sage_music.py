@@ -38,15 +38,18 @@ def test_the_bundled_checkpoint_loses_next_to_nothing():
     files = sorted((DATA / "multitrack" / "validation").rglob("*.mid"))[:6]
     if not files:
         pytest.skip("the evaluation files are not beside this checkout")
-    losses = {"float": 0.0, "int8": 0.0}
+    losses = {"float": 0.0, "int8": 0.0, "bfloat16": 0.0}
+    half = copy.deepcopy(model).to(torch.bfloat16)
     for file in files:
         ids = torch.tensor([tokenizer.midi_to_ids(file)[:400]])
-        for name, one in (("float", model), ("int8", fast)):
+        for name, one in (("float", model), ("int8", fast), ("bfloat16", half)):
             cache = SageMusicCache(one.config)
             with torch.no_grad():  # a few tokens at a time: through the integer product
                 logits = [one(part, past_key_values=cache, use_cache=True).logits for part in ids.split(FEW_ROWS, 1)]
-            losses[name] += float(nn.functional.cross_entropy(torch.cat(logits, 1)[0, :-1], ids[0, 1:]))
-    assert losses["int8"] / losses["float"] == pytest.approx(1, abs=0.004)
+            losses[name] += float(nn.functional.cross_entropy(torch.cat(logits, 1)[0, :-1].float(), ids[0, 1:]))
+    print(*(f"{name} {losses[name] / losses['float'] - 1:+.4%}" for name in ("int8", "bfloat16")), "nats, to float32")
+    assert losses["int8"] / losses["float"] == pytest.approx(1, abs=0.002)
+    assert losses["bfloat16"] / losses["float"] == pytest.approx(1, abs=0.002)
 
     def sizes(one):
         return [module for module in one.modules() if isinstance(module, nn.Linear | Int8Linear)]
