@@ -3,6 +3,7 @@
 import os
 import tempfile
 import warnings
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def score_from_notes(notes: np.ndarray, qpm: float = 120.0, ticks_per_quarter: i
 
 def bar_ticks(score: Score, at_least: int = 0) -> np.ndarray:
     """Ticks of all bar lines up to the end of the music by the score's meters, or of `at_least` so many bar lines."""
-    meters = sorted((m.time, m.numerator, m.denominator) for m in score.time_signatures)
+    meters = sorted(((m.time, m.numerator, m.denominator) for m in score.time_signatures), key=itemgetter(0))
     if not meters or meters[0][0] > 0:
         meters.insert(0, (0, 4, 4))
     ticks: list[int] = []
@@ -131,7 +132,8 @@ def bar_ticks(score: Score, at_least: int = 0) -> np.ndarray:
 
 def tick_to_seconds(score: Score, ticks: np.ndarray) -> np.ndarray:
     """Seconds of tick positions under the score's tempo changes (120 quarter notes a minute before the first)."""
-    tempos = sorted((tempo.time, tempo.mspq) for tempo in score.tempos)
+    # Of several at one tick the file's last one holds: sorted by time alone, in the file's order.
+    tempos = sorted(((tempo.time, tempo.mspq) for tempo in score.tempos), key=itemgetter(0))
     if not tempos or tempos[0][0] > 0:
         tempos.insert(0, (0, 500_000))
     starts = np.array([time for time, _ in tempos])

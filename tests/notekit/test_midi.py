@@ -79,6 +79,14 @@ def test_a_tempo_of_zero_is_said_and_left_out():
     assert notes["duration_s"].tolist() == [0.5]
 
 
+def test_of_several_tempos_at_once_the_files_last_one_holds():
+    slow, fast = b"\0\xff\x51\x03\x0f\x42\x40", b"\0\xff\x51\x03\x03\xd0\x90"  # 1 s and 0.25 s a quarter note
+    for tempos, quarter in ((slow + fast, 0.25), (fast + slow, 1.0)):
+        score = read_score(midi_file(tempos + NOTE + END))
+        times = tick_to_seconds(score, np.array([score.ticks_per_quarter]))
+        assert times == pytest.approx(notes_from_score(score)["duration_s"]) == [quarter]
+
+
 def test_three_hundred_tracks():
     assert len(read_notes(midi_file(NOTE + END, tracks=300))) == 300
 
