@@ -44,6 +44,7 @@ SHAPE = {
     "num_key_value_heads": "num_key_value_heads",
     "num_latents": "num_latents",
     "cross_scales": "cross_scales",
+    "scale_mask": "scale_mask",
     "draft_tokens": "num_mtp_layers",
 }
 # Tokens of context of a new PerceiverS: a quarter of the config class's, which holds most whole performances.
@@ -59,7 +60,7 @@ OPTIONS = {
         "block_size",
         "draft_tokens",
     ),
-    "perceivers": ("num_latents", "cross_scales", "segmentation", "position_uniform"),
+    "perceivers": ("num_latents", "cross_scales", "scale_mask", "segmentation", "position_uniform"),
 }
 
 # What a family brings to `run`: tokenizer, model, training set (None where steps are 0), evaluation set, collator.
@@ -97,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=["MIT", "CC0-1.0", "CC BY 4.0", "BSD-3-Clause", "Public Domain"],
         help="licences to keep, with --metadata (default: %(default)s)",
     )
+    add("--cache", help="folder that keeps the files' tokens for the next run on them")
     add("--out", required=True, help="run folder: checkpoints, log, and the best model in best/")
     add(
         "--init-from",
@@ -136,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("perceivers").add_argument
     add("--num-latents", type=int, help="targets in a segment, and positions the model computes")
     add("--cross-scales", type=scale, nargs="+", help="tokens each cross-attention layer sees, or none for all")
+    add("--scale-mask", choices=("sliding", "static"), help="which tokens a scale counts back from")
     add("--segmentation", choices=MODES, default="effective", help="which segments to train on")
     add("--position-uniform", action="store_true", help="train every position of a piece equally often")
     return parser
@@ -199,7 +202,7 @@ def read_pieces(args: argparse.Namespace, tokenizer: PreTrainedTokenizer) -> tup
     """Token ids of the training pieces (none where steps are 0) and of the pieces to evaluate on."""
     splits = split_files(args.data, args.metadata, args.licences)
     used = ([] if args.steps == 0 else ["train"]) + [args.eval_split]
-    pieces = {name: encode_files(splits[name], tokenizer) for name in used}
+    pieces = {name: encode_files(splits[name], tokenizer, args.cache) for name in used}
     print({name: (len(p), sum(map(len, p))) for name, p in pieces.items()}, "files, tokens", file=sys.stderr)
     for name in used:
         if not pieces[name]:
@@ -209,8 +212,11 @@ def read_pieces(args: argparse.Namespace, tokenizer: PreTrainedTokenizer) -> tup
     return pieces.get("train", []), [pieces[args.eval_split][i] for i in order]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, parts: Callable[[argparse.Namespace], Parts] | None = None) -> int:
     """Run the command; an interrupted run goes on from its last checkpoint when called again.
+
+    Args:
+        parts: makes what is trained from the options, for a model of neither family (`sage-music`'s options hold).
 
     Returns the exit code: 0, or 2 where an argument, the data or a checkpoint is wrong.
     """
@@ -222,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in names:
                 if family != args.family and getattr(args, name) != parser.get_default(name):
                     raise ValueError(f"--{name.replace('_', '-')} is not an option of the family {args.family}.")
-        return run(args)
+        return run(args, parts or PARTS[args.family])
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -241,10 +247,10 @@ def family_of(args: argparse.Namespace) -> str:
     return family
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, parts: Callable[[argparse.Namespace], Parts]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(args.seed)
-    tokenizer, model, train, evaluation, collator = PARTS[args.family](args)
+    tokenizer, model, train, evaluation, collator = parts(args)
     drafting = getattr(args, "draft_tokens", None) is not None  # else a head that the checkpoint has learns beside it
     for name, field in SHAPE.items():
         setattr(args, name, getattr(model.config, field, None))  # for the report: what was trained
@@ -288,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
         train_dataset=train,
         eval_dataset=evaluation,
         compute_metrics=metrics,
-        preprocess_logits_for_metrics=sum_of_nats,
+        preprocess_logits_for_metrics=getattr(model, "sum_of_nats", sum_of_nats),
     )
     best = Path(args.out) / "best"
     if args.steps:

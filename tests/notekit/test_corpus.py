@@ -4,6 +4,7 @@ import pytest
 from conftest import band
 
 from notekit.corpus import encode_files, midi_files, split_files
+from sage_music import SageMusicTokenizer
 
 
 def test_unreadable_files_are_left_out_and_said(tokenizer, tmp_path):
@@ -13,6 +14,27 @@ def test_unreadable_files_are_left_out_and_said(tokenizer, tmp_path):
     assert [f.name for f in files] == ["bad.MID", "good.mid"]
     with pytest.warns(UserWarning, match=r"bad\.MID"):
         assert len(encode_files(files, tokenizer)) == 1
+
+
+def test_kept_tokens_are_those_of_the_files_and_the_tokenizer(tokenizer, tmp_path):
+    files = [tmp_path / f"{seed}.mid" for seed in range(3)]
+    for seed, path in enumerate(files):
+        band(bars=1 + seed, seed=seed).dump_midi(path)
+    fresh = encode_files(files, tokenizer)
+    first, again = (encode_files(files, tokenizer, tmp_path / "cache") for _ in range(2))
+    for pieces in (first, again):
+        assert [piece.tolist() for piece in pieces] == [piece.tolist() for piece in fresh]
+    (kept,) = (tmp_path / "cache").iterdir()
+    written = kept.stat().st_mtime_ns
+    encode_files(files, tokenizer, tmp_path / "cache")
+    assert kept.stat().st_mtime_ns == written
+    band(bars=1, seed=9).dump_midi(files[0])  # other contents, another entry
+    assert encode_files(files, tokenizer, tmp_path / "cache")[0].tolist() != fresh[0].tolist()
+    coarse = SageMusicTokenizer(beat_resolution=4)
+    assert (
+        encode_files(files[1:], coarse, tmp_path / "cache")[0].tolist() == encode_files(files[1:], coarse)[0].tolist()
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_a_folder_without_splits_is_split_by_name(tmp_path):
