@@ -190,6 +190,8 @@ def _backwards(ids: torch.LongTensor) -> Iterator[int]:
 class NoDoubledNotesLogitsProcessor(LogitsProcessor):
     """Forbids a pitch that the current program already starts at the current position.
 
+    And a program that already starts all its pitches there: after its token no note would be left.
+
     A MIDI channel has one key per pitch: the first note-off would end both notes. Merged (BPE) tokens that begin with
     another token are not looked into.
     """
@@ -199,35 +201,47 @@ class NoDoubledNotesLogitsProcessor(LogitsProcessor):
         kinds = [grammar["types"].index(name) for name in ("Bar", "Position", "Program", "Pitch", "PitchDrum")]
         self.first_type = grammar["first_type"]
         self.bar, self.position, self.program, *self.pitches = kinds
+        self.pitch_counts = {kind: list(self.first_type).count(kind) for kind in self.pitches}
+        self.fewest = min(self.pitch_counts.values())
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()
         for row, ids in enumerate(input_ids):
-            program, notes, seen = None, [], []
-            for token in _backwards(ids):  # back to the position's beginning; the latest Program is the current one
+            notes: list[int] = []
+            started: dict[int, list[int]] = {}  # notes of the programs named at this position, the current one first
+            for token in _backwards(ids):  # back to the position's beginning
                 kind = self.first_type[token]
                 if kind in (self.bar, self.position):
                     break
                 if kind in self.pitches:
                     notes.append(token)
                 elif kind == self.program:
-                    program = token if program is None else program
-                    seen += notes if token == program else []
+                    started[token] = started.get(token, []) + notes
                     notes = []
+            current = next(iter(started), None)
             # Notes before the position's first Program belong to the program it took over.
-            seen += notes if program is None or self._program_before(ids, program) else []
-            scores[row, seen] = -torch.inf
+            if notes and (current is not None or len(notes) >= self.fewest):
+                before = self._program_before(ids)
+                started[before] = started.get(before, []) + notes
+                notes = [] if current is not None else notes
+            scores[row, notes + started.get(current, [])] = -torch.inf
+            full = [program for program, held in started.items() if len(held) >= self.fewest and self._is_all(held)]
+            scores[row, [program for program in full if program is not None]] = -torch.inf
         return scores
 
-    def _program_before(self, ids: torch.LongTensor, program: int) -> bool:
-        """Whether the position began under `program`, named before it."""
+    def _program_before(self, ids: torch.LongTensor) -> int | None:
+        """The program under which the position began, named before it."""
         started = False
         for token in _backwards(ids):
             kind = self.first_type[token]
             started = started or kind in (self.bar, self.position)
             if started and kind == self.program:
-                return token == program
-        return False
+                return token
+        return None
+
+    def _is_all(self, notes: list[int]) -> bool:
+        """Whether these are all pitches of their kind."""
+        return len(set(notes)) == self.pitch_counts[self.first_type[notes[0]]]
 
 
 __all__ = [

@@ -261,6 +261,31 @@ def test_a_pitch_that_sounds_is_not_struck_again(tokenizer, text, doubled):
     assert {int(token.split("_")[1]) for token in forbidden} == doubled
 
 
+NOTE = "Velocity_79 Duration_1.0.12"
+ALL = " ".join(f"PitchDrum_{pitch} {NOTE}" for pitch in range(128))
+FIRST, REST = (" ".join(f"PitchDrum_{pitch} {NOTE}" for pitch in some) for some in (range(100), range(100, 128)))
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        (f"Position_0 Program_-1 {ALL}", True),
+        (f"Position_0 Program_-1 {FIRST} Program_-1 {REST}", True),
+        (f"Program_-1 Position_0 {ALL}", True),
+        (f"Program_-1 Position_0 {FIRST} Program_0 Pitch_60 {NOTE} Program_-1 {REST} Program_0 Pitch_61 {NOTE}", True),
+        (f"Position_0 Program_-1 {FIRST}", False),
+        (f"Position_0 Program_-1 {ALL} Position_6", False),
+        (f"Program_0 Position_0 Pitch_60 {NOTE} Program_-1 {FIRST}", False),
+    ],
+)
+def test_a_program_that_has_struck_every_pitch_is_not_named_again(tokenizer, text, full):
+    """After its token no pitch would be left, and nothing could be sampled."""
+    processor = NoDoubledNotesLogitsProcessor(tiny_model(tokenizer).config)
+    scores = processor(torch.tensor([tokenizer(text)["input_ids"]]), torch.zeros(1, tokenizer.vocab_size))
+    assert torch.isinf(scores[0, tokenizer.convert_tokens_to_ids("Program_-1")]) == full
+    assert not torch.isinf(scores[0, tokenizer.convert_tokens_to_ids("Program_0")])
+
+
 def test_a_grammar_for_another_vocabulary_is_refused(tokenizer):
     config = tiny_model(tokenizer).config
     config.grammar = {**config.grammar, "first_type": [0, 1]}
