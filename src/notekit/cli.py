@@ -1,4 +1,4 @@
-"""The `sage-music` command: generate, continue, stream, render, info, bench.
+"""The `sage-music` command: generate, continue, stream, render, info, evaluate, experiment, bench.
 
 Results go to stdout (`--json`: one JSON object), progress and remarks to stderr. A wrong argument or input ends with
 one line on stderr and exit code 2; a reader of stdout that closes it ends the command quietly.
@@ -18,6 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from . import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from .evaluate import add_arguments as add_evaluation
+from .evaluate import run as evaluate
+from .experiments import add_arguments as add_experiment
+from .experiments import run_command as experiment
+from .experiments.study import StudyError
 from .midi import InvalidMidiError, describe, read_score, write_midi
 from .notes import instrument_name
 from .render import MissingExtraError, render_piano_roll, render_wav
@@ -141,6 +146,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder to write to (default: beside the file)")
 
     add_model(command("info", run_info, "Describe a checkpoint: size, vocabulary, attention, cache."))
+
+    add_evaluation(command("evaluate", evaluate, "Score checkpoints and folders of MIDI files against human music."))
+
+    add_experiment(command("experiment", experiment, "Rerun a study of the source papers' claims."))
 
     sub = command("bench", run_bench, "Compare speed with a stock model of the same shape: Llama, Perceiver AR.")
     with_model(sub)
@@ -559,7 +568,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has what it wanted, as `head` does; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (InvalidMidiError, MissingExtraError, ValueError, OSError) as error:
+    except (InvalidMidiError, MissingExtraError, StudyError, ValueError, OSError) as error:
         print(f"sage-music: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -296,15 +296,16 @@ def run(args: argparse.Namespace, parts: Callable[[argparse.Namespace], Parts]) 
         compute_metrics=metrics,
         preprocess_logits_for_metrics=getattr(model, "sum_of_nats", sum_of_nats),
     )
-    best = Path(args.out) / "best"
+    best, seconds = Path(args.out) / "best", 0.0
     if args.steps:
         resume = any(Path(args.out).glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=resume)
+        seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
         model.config.use_cache = True  # Trainer turned it off for training
         trainer.save_model(best)
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(best)
     report = {**trainer.evaluate(), "parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    report["train_seconds"] = round(seconds, 1)  # of this call
     if trainer.is_world_process_zero():
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "report.json").write_text(json.dumps({**vars(args), **report}, indent=1) + "\n")

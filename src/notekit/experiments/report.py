@@ -1,0 +1,299 @@
+"""What a study found: numbers with intervals, a Markdown table beside the paper's claims, and a picture.
+
+Conventions: an arm's number is the mean over pieces and seeds; brackets hold its 95 % interval, by a bootstrap that
+draws seeds and pieces anew (10,000 times). Differences are paired, piece by piece and seed by seed, with the arm's
+baseline: one whose interval holds 0 is no difference.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from notekit.bench import machine_line, markdown
+from notekit.evaluate.likelihood import linearised
+from notekit.evaluate.report import GREY, PALETTE, figure, plain, png
+from notekit.metrics.sets import FEATURES
+from notekit.midi import write_atomic
+
+from .study import Study
+
+RESAMPLES = 10_000
+# Measures that are compared with a baseline, and whether more is better.
+COMPARED = {
+    "nats_per_note": ("nats per note", False),
+    "nmsi": ("NMSI", True),
+    "oa": ("mean OA", True),
+    "repeated_late": ("repeated notes/s, second half", False),
+}
+
+
+def summary(study: Study, result: dict) -> dict[str, dict]:
+    """By arm: `parameters`, the means of what was measured with intervals, differences to its baseline, and speeds.
+
+    A compared measure is a dict of `mean`, `low`, `high`, `seeds` (a mean a seed), and, but for a baseline,
+    `difference`: `mean`, `low`, `high` in per cent of the baseline's mean.
+    """
+    tables = {name: _tables(result, name) for name in study.arms}
+    found = {}
+    for name in study.arms:
+        runs = [run for run in result["runs"] if run["arm"] == name]
+        row: dict = {
+            "parameters": runs[0]["parameters"],
+            "train_hours": sum(run["train_seconds"] for run in runs) / 3600,
+        }
+        base = study.baseline_of(name)
+        for measure, table in tables[name].items():
+            row[measure] = _interval(table) | {"seeds": np.nanmean(table, axis=1).tolist()}
+            if base != name:
+                other = tables[base][measure]
+                row[measure]["difference"] = _interval(100 * (table - other) / np.nanmean(other))
+        if "likelihood" in runs[0]:
+            row["tokens_per_note"] = _ratio(runs[0]["likelihood"]["pieces"], "tokens", "notes")
+        if "continuation" in runs[0]:
+            row["failed"] = sum(bool(r["failed"]) for run in runs for r in run["continuation"]["pieces"])
+        if "decoding" in result:
+            own, full = (result["decoding"][arm] for arm in (name, base))
+            row["speed"] = full["seconds"] / own["seconds"]
+            row["cache"] = own["cache_bytes"]["used"] / full["cache_bytes"]["used"]
+        if "writing" in result:
+            own, full = (result["writing"][arm]["notes_per_second"] for arm in (name, base))
+            row["notes_per_second"], row["speed"] = own, own / full
+        found[name] = row
+    return found
+
+
+def _tables(result: dict, arm: str) -> dict[str, np.ndarray]:
+    """(seeds, pieces) values of every compared measure of an arm; one piece where a run has only one number."""
+    rows: dict[str, list] = {}
+    for run in result["runs"]:
+        if run["arm"] != arm:
+            continue
+        if "likelihood" in run:
+            rows.setdefault("nats_per_note", []).append(list(linearised(run["likelihood"]["pieces"]).values()))
+        if "continuation" in run:
+            rows.setdefault("nmsi", []).append([record["nmsi"] for record in run["continuation"]["pieces"]])
+        if "sets" in run:
+            curves = np.array(run["sets"]["repeated"])
+            rows.setdefault("oa", []).append([run["sets"]["features"]["mean"]["oa"]])
+            rows.setdefault("repeated_late", []).append(curves[:, curves.shape[1] // 2 :].mean(axis=1).tolist())
+    return {name: np.array(values, dtype=np.float64) for name, values in rows.items()}
+
+
+def _ratio(records: Sequence[Mapping], top: str, bottom: str) -> float:
+    return sum(record[top] for record in records) / sum(record[bottom] for record in records)
+
+
+def _interval(table: np.ndarray) -> dict[str, float]:
+    """Mean and 95 % interval of (seeds, pieces) values, drawing seeds and pieces with replacement."""
+    rng = np.random.default_rng(0)
+    seeds, pieces = table.shape
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    by_piece = rng.multinomial(pieces, np.full(pieces, 1 / pieces), RESAMPLES) / pieces
+    means = ((by_seed @ table) * by_piece).sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(table.mean()), "low": float(low), "high": float(high)}
+
+
+def write_report(study: Study, result: dict, folder: Path) -> list[Path]:
+    """Write `experiment-NAME-SCALE.md`, `.json` and `.png` into `folder`; returns their paths.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    stem = f"experiment-{result['study']}-{result['scale']}"
+    files = [folder / f"{stem}{suffix}" for suffix in (".md", ".json", ".png")]
+    found = summary(study, result)
+    kept = {**result, "summary": found, "runs": [_without_pieces(run) for run in result["runs"]]}
+    write_atomic(files[0], report(study, result, found, files[2].name).encode())
+    write_atomic(files[1], (json.dumps(kept, indent=1) + "\n").encode())
+    write_atomic(files[2], _picture(study, result, found))
+    return files
+
+
+def _without_pieces(run: dict) -> dict:
+    """A run as the results file keeps it: numbers of pieces stay in the run's own folder."""
+    kept = {name: run[name] for name in ("arm", "seed", "parameters", "train_seconds")}
+    if "sets" in run:
+        kept["features"] = run["sets"]["features"]
+        kept["repeated"] = np.mean(run["sets"]["repeated"], axis=0).round(4).tolist()
+    return kept
+
+
+def report(study: Study, result: dict, found: dict[str, dict], picture: str) -> str:
+    """The study as Markdown."""
+    runs = result["runs"]
+    trained = {run["arm"] for run in runs}
+    seeds = len({run["seed"] for run in runs})
+    sizes = "; ".join(f"{name}: {_said(options)}" for name, options in result["sizes"].items())
+    parts = [
+        f"# {study.title} (`sage-music experiment {study.name} --scale {result['scale']}`)",
+        f"The paper: {study.claim}",
+        _main_table(study, found),
+        f"{len(trained)} arms, {seeds} seed{'s' * (seeds > 1)}; training: {_said(result['options'])}. "
+        f"Measured: {sizes}. {sum(row['train_hours'] for row in found.values()):.1f} hours of training on one thread; "
+        f"{machine_line(result['machine'])}.",
+        "Means over pieces and seeds, 95 % intervals in brackets (seeds and pieces drawn anew); differences are "
+        "paired, in per cent of the baseline. A difference whose interval holds 0 is none. NMSI: the paper's own "
+        "normalisers are not public, so that its numbers compare as differences only.",
+    ]
+    if "sets" in runs[0]:
+        parts += [_feature_table(study, result), _repetition_table(study, found)]
+    if study.claims:
+        parts += ["## Beside the paper", _claim_table(study, found)]
+    parts += study.findings.get(result["scale"], [])
+    parts.append(f"![{study.title}]({picture})")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _said(options: Mapping) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items()) or "by default"
+
+
+def _main_table(study: Study, found: dict[str, dict]) -> str:
+    present = [name for name in COMPARED if any(name in row for row in found.values()) and name != "repeated_late"]
+    columns = ["arm", "parameters"]
+    for name in present:
+        columns += [COMPARED[name][0], "difference"]
+    extra = {
+        "tokens_per_note": ("tokens per note", lambda value: f"{value:.2f}"),
+        "notes_per_second": ("notes/s", lambda value: f"{value:.0f}"),
+        "speed": ("speed", lambda value: f"{value:.2f} x"),
+        "cache": ("cache a token", lambda value: f"1/{1 / value:.1f}"),
+        "failed": ("failed", str),
+    }
+    extra = {name: told for name, told in extra.items() if any(name in row for row in found.values())}
+    rows = []
+    for arm, row in found.items():
+        cells = [f"**{arm}**" if study.baseline_of(arm) == arm else arm, f"{row['parameters']:,}"]
+        for name in present:
+            cells += [_with_interval(row[name]), _difference(row[name])]
+        rows.append(cells + [told(row[name]) if name in row else "" for name, (_, told) in extra.items()])
+    return markdown(columns + [title for title, _ in extra.values()], rows)
+
+
+def _with_interval(value: dict, digits: int = 2) -> str:
+    if value["low"] == value["high"]:  # one number a seed, and one seed
+        return f"{value['mean']:.{digits}f}"
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def _difference(value: dict) -> str:
+    change = value.get("difference")
+    if change is None:
+        return ""
+    return f"{change['mean']:+.1f} % [{change['low']:+.1f}, {change['high']:+.1f}]"
+
+
+def _feature_table(study: Study, result: dict) -> str:
+    """OA and KLD of every feature: means over seeds; the human halves beside them."""
+    arms = list(study.arms)
+    rows = []
+    for feature in (*FEATURES, "mean"):
+        cells = [feature]
+        for arm in arms:
+            of_arm = [run["sets"]["features"][feature] for run in result["runs"] if run["arm"] == arm]
+            cells += [_mean_of(of_arm, "oa"), _mean_of(of_arm, "kld")]
+        halves = result["runs"][0]["sets"]["halves"][feature]
+        rows.append([*cells, _mean_of([halves], "oa")])
+    columns = ["feature", *(f"{name} of {arm}" for arm in arms for name in ("OA", "KLD")), "OA of human halves"]
+    return markdown(columns, rows)
+
+
+def _mean_of(found: list[dict], name: str) -> str:
+    values = [entry[name] for entry in found if entry.get(name) is not None]
+    return f"{np.mean(values):.3f}" if values else "undefined"
+
+
+def _repetition_table(study: Study, found: dict[str, dict]) -> str:
+    rows = [
+        [arm, _with_interval(row["repeated_late"]), _difference(row["repeated_late"])]
+        for arm, row in found.items()
+        if "repeated_late" in row
+    ]
+    return markdown(["arm", "repeated notes per second, second half of a piece", "difference"], rows)
+
+
+def _claim_table(study: Study, found: dict[str, dict]) -> str:
+    rows = []
+    for claim in study.claims:
+        row = found[claim.arm]
+        if claim.measure in row and claim.measure != "speed":
+            ours = _difference(row[claim.measure])
+        elif claim.measure in row:
+            ours = f"{100 * (row['speed'] - 1):+.0f} %"
+        else:
+            ours = "not measured"
+        rows.append([claim.arm, claim.says, claim.paper, ours])
+    return markdown(["arm", "", "the paper", "here"], rows)
+
+
+def _picture(study: Study, result: dict, found: dict[str, dict]) -> bytes:
+    with_sets = "sets" in result["runs"][0]
+    return draw_repetition(study, result) if with_sets else draw_differences(study, found)
+
+
+def draw_differences(study: Study, found: dict[str, dict]) -> bytes:
+    """Every arm's difference to its baseline, with its interval, in a panel a measure."""
+    present = [name for name in ("nats_per_note", "nmsi") if any(name in row for row in found.values())]
+    arms = [arm for arm in found if study.baseline_of(arm) != arm]
+    picture = figure(4.2 * len(present) + 1.5, 1.2 + 0.42 * len(arms))
+    for column, (axes, name) in enumerate(
+        zip(picture.subplots(1, len(present), squeeze=False)[0], present, strict=True)
+    ):
+        title, more = COMPARED[name]
+        for place, arm in enumerate(arms):
+            change = found[arm][name]["difference"]
+            worse = change["high"] < 0 if more else change["low"] > 0
+            better = change["low"] > 0 if more else change["high"] < 0
+            colour = PALETTE[1] if worse else PALETTE[0] if better else GREY
+            axes.plot([change["low"], change["high"]], [place, place], color=colour, linewidth=2)
+            axes.plot(change["mean"], place, "o", color=colour)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(arms)), arms if column == 0 else [""] * len(arms))
+        axes.invert_yaxis()
+        axes.set_title(f"{title}: % from baseline ({'more' if more else 'less'} is better)", loc="left", fontsize=9)
+        plain(axes)
+    return png(picture)
+
+
+def draw_repetition(study: Study, result: dict) -> bytes:
+    """OA by feature, and repetition over a piece's time, a colour an arm."""
+    picture = figure(12, 4.6)
+    left, right = picture.subplots(1, 2)
+    places = np.arange(len(FEATURES))
+    for index, arm in enumerate(study.arms):
+        of_arm = [run["sets"] for run in result["runs"] if run["arm"] == arm]
+        overlap = [[sets["features"][name]["oa"] or 0.0 for name in FEATURES] for sets in of_arm]
+        colour = PALETTE[index % len(PALETTE)]
+        left.plot(places, np.mean(overlap, axis=0), "o", color=colour, label=arm)
+        curve = np.mean([np.mean(sets["repeated"], axis=0) for sets in of_arm], axis=0)
+        right.plot((np.arange(64) + 0.5) / 64, _smoothed(curve), color=colour, label=arm)
+    halves = result["runs"][0]["sets"]["halves"]
+    left.plot(
+        places,
+        [halves[name]["oa"] or 0.0 for name in FEATURES],
+        "_",
+        color="black",
+        markersize=14,
+        label="human halves",
+    )
+    human = np.mean(result["runs"][0]["sets"]["repeated_human"], axis=0)
+    right.plot((np.arange(64) + 0.5) / 64, _smoothed(human), color="black", linestyle="--", label="human")
+    left.set_xticks(places, FEATURES, rotation=60, fontsize=8)
+    left.set_title("Overlap Area with human pieces (more is better)", loc="left", fontsize=9)
+    right.set_title("repeated notes per second, over a piece's time", loc="left", fontsize=9)
+    right.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=7)
+    for axes in (left, right):
+        plain(axes)
+    return png(picture)
+
+
+def _smoothed(curve: np.ndarray, width: int = 5) -> np.ndarray:
+    padded = np.pad(curve, width // 2, mode="edge")
+    return np.convolve(padded, np.full(width, 1 / width), mode="valid")
+
+
+__all__ = ["draw_differences", "draw_repetition", "report", "summary", "write_report"]

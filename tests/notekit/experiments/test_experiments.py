@@ -1,0 +1,204 @@
+"""Studies end to end on small folders with the real Trainer: reports, resuming, honest numbers; those declared."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import band
+
+from notekit.cli import main
+from notekit.experiments import STUDIES
+from notekit.experiments.report import report, summary
+from notekit.experiments.runner import run
+from notekit.experiments.study import Arm, Claim, Scale, Study, StudyError, runs_of
+from notekit.experiments.training import arguments, train
+from notekit.train import OPTIONS, build_parser, family_of
+from notekit.train import main as train_command
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 4, "block_size": 96, "context": 256}
+SHAPE |= {"steps": 2, "batch_size": 2, "warmup": 1, "eval_every": 1, "eval_pieces": 1}
+STUDY = Study(
+    name="small",
+    title="A small study",
+    claim="A claim.",
+    baseline="full",
+    arms={
+        "full": Arm({"kv_routing": "none", "num_key_value_heads": 4}),
+        "routed": Arm({"kv_routing": "token", "num_key_value_heads": 1}),
+    },
+    scales={
+        "smoke": Scale(
+            seeds=2,
+            options=SHAPE,
+            measures={
+                "likelihood": {"pieces": 2},
+                "continuation": {"prompts": 2, "bars": 1, "prompt_bars": 1},
+                "decoding": {"context": 16, "tokens": 3, "rounds": 1},
+            },
+        )
+    },
+    claims=(Claim("routed", "nmsi", "NMSI", "-0.4 %"), Claim("routed", "speed", "speed", "+30 %")),
+    findings={"smoke": ["Nothing can be concluded from two steps."]},
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for seed, split in enumerate(("train", "train", "validation", "test", "test")):
+        folder = root / "multitrack" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        band(bars=4, seed=seed).dump_midi(folder / f"{seed}.mid")
+    return root
+
+
+@pytest.fixture(scope="module")
+def studied(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    return run(STUDY, "smoke", data, root / "runs", root / "results", workers=1), root
+
+
+def test_a_study_leaves_tables_beside_the_papers_claims_and_a_picture(studied):
+    result, root = studied
+    text, kept, picture = (root / "results" / f"experiment-small-smoke{end}" for end in (".md", ".json", ".png"))
+    shown = text.read_text()
+    assert "| **full** |" in shown and "| routed |" in shown and "Nothing can be concluded" in shown
+    claims = [line for line in shown.splitlines() if line.startswith("| routed | NMSI | -0.4 %")]
+    assert len(claims) == 1 and claims[0].count("%") == 2  # the paper's figure and ours
+    kept = json.loads(kept.read_text())
+    assert picture.read_bytes().startswith(b"\x89PNG") and result["files"] == [
+        str(text),
+        str(text.with_suffix(".json")),
+        str(picture),
+    ]
+    for row in kept["summary"].values():
+        assert row["nats_per_note"]["low"] <= row["nats_per_note"]["mean"] <= row["nats_per_note"]["high"]
+        assert len(row["nmsi"]["seeds"]) == 2 and row["failed"] == 0
+    assert kept["summary"]["full"]["cache"] == 1 and kept["summary"]["routed"]["cache"] == pytest.approx(1 / 4)
+    assert "difference" not in kept["summary"]["full"]["nmsi"]
+
+
+def test_a_study_goes_on_from_what_is_there(studied, data):
+    result, root = studied
+    folder = sorted((root / "runs").glob("multitrack-*-seed1"))[0]
+    weights = {path: path.stat().st_mtime_ns for path in (root / "runs").glob("*/best/model.safetensors")}
+    assert len(weights) == 4
+    before = (folder / "likelihood.json").read_text()
+    (folder / "likelihood.json").unlink()
+    again = run(STUDY, "smoke", data, root / "runs", root / "again", workers=1)
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights  # nothing was trained again
+    assert (folder / "likelihood.json").read_text() == before  # and what was missing was measured again, alike
+    assert again["runs"] == result["runs"] and again["decoding"] == result["decoding"]
+
+
+def test_an_interrupted_training_goes_on(data, tmp_path):
+    one = runs_of(STUDY, "smoke", tmp_path)[0]
+    command = arguments(one, data, tmp_path / "cache")
+    command[command.index("--steps") + 1] = "1"
+    assert train_command(command) == 0
+    (one.folder / "report.json").unlink()  # as a run that was killed after its first step leaves it
+    assert (one.folder / "checkpoint-1").is_dir()
+    train(one, data, tmp_path / "cache")
+    assert json.loads((one.folder / "report.json").read_text())["steps"] == 2
+    log = (one.folder / "train.log").read_text()
+    assert log.count("'eval_nats_per_note'") == 2  # after step 2, and at the end; step 1 was not done again
+    assert not list(one.folder.glob("checkpoint-*")) and one.checkpoint.is_dir()
+
+
+def test_a_failed_training_names_its_log(data, tmp_path):
+    arms = {"a": Arm({"num_key_value_heads": 3, "kv_routing": "none"})}
+    wrong = Study("wrong", "", "", arms, "a", {"smoke": Scale(1, SHAPE, {})})
+    with pytest.raises(StudyError, match=r"'a' \(seed 0\) ended with code 2: see .*train\.log"):
+        run(wrong, "smoke", data, tmp_path, None, workers=1)
+
+
+def test_wrong_input_is_named(data, tmp_path, capsys):
+    with pytest.raises(ValueError, match="no scale 'huge': it has smoke"):
+        run(STUDY, "huge", data, tmp_path)
+    command = ["experiment", "segmentation", "--scale", "smoke", "--data", str(data), "--runs", str(tmp_path)]
+    assert main(command) == 2
+    assert "piano: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_is_a_command_that_training_takes(name, data, tmp_path):
+    study = STUDIES[name]
+    assert set(study.scales) == {"smoke", "cpu", "gpu"} and study.baseline in study.arms
+    for claim in study.claims:
+        assert claim.arm in study.arms
+    for scale in study.scales:
+        seen = set()
+        for one in runs_of(study, scale, tmp_path):
+            args = build_parser().parse_args(arguments(one, data, tmp_path))
+            args.family = family_of(args)
+            foreign = [n for family, names in OPTIONS.items() if family != args.family for n in names]
+            assert all(getattr(args, n) == build_parser().get_default(n) for n in foreign)
+            seen.add(one.folder)
+        assert len(seen) == len(study.arms) * study.scales[scale].seeds  # no two arms are the same model
+
+
+def test_studies_share_the_runs_they_have_in_common(tmp_path):
+    def folders(name, arm):
+        return {one.folder for one in runs_of(STUDIES[name], "cpu", tmp_path) if one.arm == arm}
+
+    assert folders("as-kvhs", "full heads") == folders("pooling", "one token per attribute")
+    assert folders("segmentation", "effective") == folders("multi-scale", "no second scale")
+
+
+def records(nats, nmsi):
+    """A run's records of two pieces of 10 notes."""
+    return {
+        "likelihood": {
+            "pieces": [
+                {"piece": str(i), "failed": None, "nats": v, "notes": 10, "tokens": 40} for i, v in enumerate(nats)
+            ]
+        },
+        "continuation": {"pieces": [{"piece": str(i), "failed": None, "nmsi": v} for i, v in enumerate(nmsi)]},
+        "parameters": 5,
+        "train_seconds": 60,
+    }
+
+
+def test_summary_of_numbers_known_by_hand():
+    result = {
+        "runs": [
+            {"arm": "full", "seed": 0, **records((100, 60), (50, 70))},
+            {"arm": "full", "seed": 1, **records((110, 70), (50, 70))},
+            {"arm": "routed", "seed": 0, **records((110, 66), (40, 60))},
+            {"arm": "routed", "seed": 1, **records((121, 77), (40, 60))},
+        ],
+        "decoding": {
+            "full": {"seconds": 2.0, "cache_bytes": {"used": 100.0}},
+            "routed": {"seconds": 1.0, "cache_bytes": {"used": 25.0}},
+        },
+    }
+    found = summary(STUDY, result)
+    # full: (10 + 6)/2 = 8 and (11 + 7)/2 = 9 nats a note; routed: 8.8 and 9.9.
+    assert found["full"]["nats_per_note"]["mean"] == pytest.approx(8.5)
+    assert found["full"]["nats_per_note"]["seeds"] == pytest.approx([8.0, 9.0])
+    # 9.35 against 8.5 is 10 % more; by piece and seed 1.0, 0.6, 1.1, 0.7 of 8.5.
+    change = found["routed"]["nats_per_note"]["difference"]
+    assert change["mean"] == pytest.approx(10.0)
+    assert 100 * 0.59 / 8.5 < change["low"] < change["mean"] < change["high"] < 100 * 1.11 / 8.5
+    # NMSI falls by 10 of 60 on every piece: no spread at all.
+    change = found["routed"]["nmsi"]["difference"]
+    assert [change[name] for name in ("mean", "low", "high")] == pytest.approx([-100 / 6] * 3)
+    assert found["routed"]["speed"] == 2.0 and found["routed"]["cache"] == 0.25
+    assert found["routed"]["tokens_per_note"] == 4.0 and found["full"]["train_hours"] == pytest.approx(120 / 3600)
+    options = {"options": {}, "sizes": {}, "study": "small", "scale": "smoke"}
+    shown = report(STUDY, result | options | {"machine": MACHINE}, found, "picture.png")
+    assert (
+        "| routed | NMSI | -0.4 % | -16.7 % [-16.7, -16.7] |" in shown
+        and "| routed | speed | +30 % | +100 % |" in shown
+    )
+
+
+MACHINE = {"cores": 2, "threads": 2, "torch": "2"}
+
+
+def test_intervals_hold_what_seeds_add():
+    """Pieces that agree and seeds that do not: the interval is as wide as the seeds are apart."""
+    from notekit.experiments.report import _interval
+
+    found = _interval(np.array([[1.0] * 50, [2.0] * 50, [3.0] * 50]))
+    assert found["mean"] == 2.0 and found["low"] < 1.4 and found["high"] > 2.6
