@@ -89,6 +89,7 @@ def test_the_truth_scores_100_and_what_is_missing_scores_0(pieces, tmp_path):
     result = evaluate_continuations({"truth": truth}, [pieces], num=9, out=tmp_path / "out", **SMALL)
     found = row(result, "truth")
     assert (found["n"], found["failed"], found["empty"], found["notes_per_second"]) == (6, 2, 0, None)
+    assert found["valid"] == pytest.approx(4 / 6)
     # Four pieces of 100 and two of 0.
     assert found["nmsi"]["mean"] == pytest.approx(400 / 6) and found["chroma"]["mean"] == pytest.approx(4 / 6)
     assert found["nmsi_without_failures"]["mean"] == found["nmsi_without_failures"]["low"] == 100

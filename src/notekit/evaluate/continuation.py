@@ -272,6 +272,7 @@ def _row(label: str, kind: str, records: list[dict]) -> dict:
         "n": len(records),
         "failed": len(records) - len(scored),
         "empty": sum(not record["notes"] for record in scored),
+        "valid": sum(bool(record["notes"]) for record in scored) / len(records),
         **{part: interval([record[part] for record in records]) for part in PARTS},
         "nmsi_without_failures": interval([record["nmsi"] for record in scored]),
         "notes_per_second": sum(record["new_notes"] for record in scored) / seconds if seconds else None,

@@ -103,7 +103,7 @@ def _with_interval(found: dict | None, digits: int = 3) -> str:
 def _continuation(result: dict) -> tuple[list[str], str]:
     rows, failures = result["rows"], any(row["failed"] for row in result["rows"])
     columns = ["system", "n", "NMSI", *(["NMSI without failures"] if failures else [])]
-    columns += ["chroma", "groove", "self-similarity", "note density", "failed", "empty", "notes/s"]
+    columns += ["chroma", "groove", "self-similarity", "note density", "valid", "failed", "empty", "notes/s"]
     cells = [
         [
             row["system"],
@@ -111,6 +111,7 @@ def _continuation(result: dict) -> tuple[list[str], str]:
             _with_interval(row["nmsi"], 2),
             *([_with_interval(row["nmsi_without_failures"], 2)] if failures else []),
             *(_with_interval(row[part]) for part in ("chroma", "groove", "self_similarity", "note_density")),
+            f"{row['valid']:.1%}",
             str(row["failed"]),
             str(row["empty"]),
             f"{row['notes_per_second']:,.1f}" if row["notes_per_second"] else "-",

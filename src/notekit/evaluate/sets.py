@@ -409,7 +409,8 @@ def _remarks(usable: Mapping[str, list[dict]], overlap: Mapping[str, dict], mode
     for system in found:
         constant = [name for name in FEATURES if overlap[system.label][name]["constant"]]
         if constant:
-            remarks.append(f"{system.label}: all distances are equal in {', '.join(constant)}.")
+            where = "all distances within the human set, or all between the sets, are equal"
+            remarks.append(f"{system.label}: {where} in {', '.join(constant)}.")
     return remarks
 
 

@@ -1,7 +1,7 @@
 """Metrics of symbolic music, by theme. Pure functions over note arrays (`notekit.notes`); numpy and symusic, no torch.
 
 - `continuation`: NMSI and its four parts: a continuation against the true one, on grids of bars.
-- `pieces`: one piece by itself: entropy, scale, groove, repetition.
+- `pieces`: one piece by itself: validity, entropy, scale, groove, repetition.
 - `sets`: a set of pieces against another: PerceiverS' thirteen features, KLD and OA.
 - `intervals`: bootstrap intervals for every mean.
 
@@ -19,6 +19,7 @@ from .pieces import (
     repeated_notes_by_segment,
     repeated_notes_per_second,
     scale_consistency,
+    valid_notes,
 )
 from .sets import (
     FEATURES,
@@ -54,4 +55,5 @@ __all__ = [
     "self_similarity_matrix",
     "set_features",
     "steady_grid",
+    "valid_notes",
 ]

@@ -1,4 +1,4 @@
-"""Numbers that describe one piece by itself: tonality, groove, repetition.
+"""Numbers that describe one piece by itself: validity, tonality, groove, repetition.
 
 Conventions: notes are note arrays (`notekit.notes`), in seconds; grids are those of `notekit.metrics.continuation`.
 Every number is finite for every input: where MusPy returns NaN (no pitched notes, fewer than two bars) the value here
@@ -15,6 +15,28 @@ from .continuation import groove_counts
 MAJOR = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1])  # scale degrees from C
 SEGMENTS = 64  # as PerceiverS' features per segment
 INSTANT_S = 1e-6  # music that is no longer than this has no length to divide by
+TOUCH_S = 1e-3  # notes that overlap by no more than this only touch: symusic counts seconds in single precision
+
+
+def valid_notes(notes: np.ndarray) -> float:
+    """Share of the notes that an instrument can play as written: 0 to 1; 1 without notes.
+
+    A note is not valid where it has no length, or strikes a key (track, program, pitch) that an earlier note still
+    holds: a MIDI channel has one key a pitch, and the first note-off ends both. Drums count too. The definition is
+    ours; human files are not all at 1 either (voices that share a staff double notes).
+    """
+    if not len(notes):
+        return 1.0
+    _, key = np.unique(notes[["track", "program", "pitch"]], return_inverse=True)
+    order = np.lexsort((notes["onset_s"], key))
+    key, onset = key[order], notes["onset_s"][order] - notes["onset_s"].min()
+    end = onset + notes["duration_s"][order]
+    # The latest end of any earlier note of the key: each key's times lie after all of the one before.
+    apart = key * (end.max() + 1.0)
+    held = np.maximum.accumulate(end + apart)[:-1] - apart[1:]
+    struck = np.zeros(len(notes), dtype=bool)
+    struck[1:] = (key[1:] == key[:-1]) & (onset[1:] < held - TOUCH_S)
+    return 1.0 - float((struck | (notes["duration_s"][order] <= 0)).mean())
 
 
 def pitch_class_entropy(notes: np.ndarray) -> float:
@@ -120,12 +142,14 @@ def repeated_notes_by_segment(
 def describe_piece(notes: np.ndarray, grid: np.ndarray) -> dict[str, float]:
     """All numbers of this module with their default options, the number of notes, and the seconds they span.
 
-    Keys: `notes` (drums too), `seconds` (first onset to last end), `pitch_class_entropy`, `scale_consistency`,
-    `groove_consistency` (on `grid`), `repeated_ngrams`, `repeated_notes_per_second`. Raises as `groove_consistency`.
+    Keys: `notes` (drums too), `seconds` (first onset to last end), `valid_notes`, `pitch_class_entropy`,
+    `scale_consistency`, `groove_consistency` (on `grid`), `repeated_ngrams`, `repeated_notes_per_second`.
+    Raises as `groove_consistency`.
     """
     return {
         "notes": float(len(notes)),
         "seconds": _span(notes)[1],
+        "valid_notes": valid_notes(notes),
         "pitch_class_entropy": pitch_class_entropy(notes),
         "scale_consistency": scale_consistency(notes),
         "groove_consistency": groove_consistency(notes, grid),

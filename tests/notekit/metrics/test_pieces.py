@@ -17,6 +17,7 @@ from notekit.metrics import (
     repeated_notes_per_second,
     scale_consistency,
     steady_grid,
+    valid_notes,
 )
 from notekit.midi import notes_from_score, read_notes
 from notekit.notes import NOTE_DTYPE, note_array
@@ -134,6 +135,7 @@ def test_describe_piece():
     assert described == {
         "notes": 20,
         "seconds": 20,
+        "valid_notes": 1,
         "pitch_class_entropy": 1.5,
         "scale_consistency": 1,
         "groove_consistency": 1,
@@ -158,7 +160,34 @@ def test_bad_arguments_are_named(make, said):
         make(melody(60, 62))
 
 
-NOTHING_TO_OBJECT = {"pitch_class_entropy": 0, "scale_consistency": 1, "groove_consistency": 1, "repeated_ngrams": 0}
+def test_notes_that_cannot_be_played_as_written():
+    """Of seven notes three: one without length, two that strike the key a note holds, one of them a long one."""
+    notes = note_array(
+        [
+            (0, 4, 60, 80, 0, 0),
+            (1, 1, 60, 80, 0, 0),  # under the first
+            (3, 1, 60, 80, 0, 0),  # under it still, though the one before has ended
+            (4, 1, 60, 80, 0, 0),  # touches it
+            (1, 1, 60, 80, 0, 1),  # another track
+            (1, 1, 60, 80, 5, 0),  # another program
+            (6, 0, 61, 80, 0, 0),  # no length
+        ]
+    )
+    assert valid_notes(notes) == pytest.approx(4 / 7)
+    assert valid_notes(notes[::-1]) == pytest.approx(4 / 7)
+    late = notes.copy()
+    late["onset_s"] += 3e5
+    assert valid_notes(late) == pytest.approx(4 / 7)
+    assert valid_notes(notes[:0]) == 1.0
+
+
+NOTHING_TO_OBJECT = {
+    "valid_notes": 1,
+    "pitch_class_entropy": 0,
+    "scale_consistency": 1,
+    "groove_consistency": 1,
+    "repeated_ngrams": 0,
+}
 
 
 def test_empty_and_drums_only_have_the_documented_values():
@@ -192,6 +221,7 @@ def test_defined_for_every_input_and_fast(name):
     assert time.process_time() - start < 1
     assert all(map(math.isfinite, described.values())) and np.isfinite(curve).all() and curve.min() >= 0
     assert 0 <= described["pitch_class_entropy"] <= math.log2(12)
+    assert 0 <= described["valid_notes"] <= 1
     assert 7 / 12 <= described["scale_consistency"] <= 1
     assert 0 <= described["groove_consistency"] <= 1
     assert 0 <= described["repeated_ngrams"] < 1
