@@ -221,13 +221,15 @@ def _long_piece(data: Path, run: Run, context: int) -> torch.Tensor:
     raise ValueError(f"{data}: no test piece of {run.corpus} has {context} tokens.")
 
 
-def writing(runs: dict[str, Run], data: Path, prompts: int, bars: int, rounds: int) -> dict[str, dict]:
+def writing(
+    runs: dict[str, Run], data: Path, prompts: int, bars: int, rounds: int, prompt_bars: int = 4
+) -> dict[str, dict]:
     """Continuations of a few prompts, all arms in turn in this process: by arm, `notes_per_second` (rounds' median)."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):  # the first warms up
         for name, run in runs.items():
-            files = _prompts(data, run.corpus, prompts, 4, bars)
-            pieces = [_writer(run, 4, bars)(path, seed_of(turn, key)) for key, path in files.items()]
+            files = _prompts(data, run.corpus, prompts, prompt_bars, bars)
+            pieces = [_writer(run, prompt_bars, bars)(path, seed_of(turn, key)) for key, path in files.items()]
             rates[name].append(sum(p.notes for p in pieces) / sum(p.seconds for p in pieces))
     return {name: {"notes_per_second": float(np.median(values[1:]))} for name, values in rates.items()}
 

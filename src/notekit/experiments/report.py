@@ -27,13 +27,14 @@ COMPARED = {
     "oa": ("mean OA", True),
     "repeated_late": ("repeated notes/s, second half", False),
 }
+ABSOLUTE = ("repeated_late",)  # a baseline may be 0: differences are not in per cent
 
 
 def summary(study: Study, result: dict) -> dict[str, dict]:
     """By arm: `parameters`, the means of what was measured with intervals, differences to its baseline, and speeds.
 
     A compared measure is a dict of `mean`, `low`, `high`, `seeds` (a mean a seed), and, but for a baseline,
-    `difference`: `mean`, `low`, `high` in per cent of the baseline's mean.
+    `difference`: `mean`, `low`, `high`, in per cent of the baseline's mean (`repeated_late`: in notes/s).
     """
     tables = {name: _tables(result, name) for name in study.arms}
     found = {}
@@ -48,7 +49,8 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
             row[measure] = _interval(table) | {"seeds": np.nanmean(table, axis=1).tolist()}
             if base != name:
                 other = tables[base][measure]
-                row[measure]["difference"] = _interval(100 * (table - other) / np.nanmean(other))
+                unit = 1.0 if measure in ABSOLUTE else np.nanmean(other) / 100
+                row[measure]["difference"] = _interval((table - other) / unit)
         if "likelihood" in runs[0]:
             row["tokens_per_note"] = _ratio(runs[0]["likelihood"]["pieces"], "tokens", "notes")
         if "continuation" in runs[0]:
@@ -59,7 +61,9 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
             row["cache"] = own["cache_bytes"]["used"] / full["cache_bytes"]["used"]
         if "writing" in result:
             own, full = (result["writing"][arm]["notes_per_second"] for arm in (name, base))
-            row["notes_per_second"], row["speed"] = own, own / full
+            row["notes_per_second"] = own
+            if full > 0:  # a baseline that wrote no note has no speed
+                row["speed"] = own / full
         found[name] = row
     return found
 
@@ -179,10 +183,12 @@ def _with_interval(value: dict, digits: int = 2) -> str:
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
-def _difference(value: dict) -> str:
+def _difference(value: dict, absolute: bool = False) -> str:
     change = value.get("difference")
     if change is None:
         return ""
+    if absolute:
+        return f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
     return f"{change['mean']:+.1f} % [{change['low']:+.1f}, {change['high']:+.1f}]"
 
 
@@ -208,7 +214,7 @@ def _mean_of(found: list[dict], name: str) -> str:
 
 def _repetition_table(study: Study, found: dict[str, dict]) -> str:
     rows = [
-        [arm, _with_interval(row["repeated_late"]), _difference(row["repeated_late"])]
+        [arm, _with_interval(row["repeated_late"]), _difference(row["repeated_late"], absolute=True)]
         for arm, row in found.items()
         if "repeated_late" in row
     ]
@@ -220,7 +226,7 @@ def _claim_table(study: Study, found: dict[str, dict]) -> str:
     for claim in study.claims:
         row = found[claim.arm]
         if claim.measure in row and claim.measure != "speed":
-            ours = _difference(row[claim.measure])
+            ours = _difference(row[claim.measure], claim.measure in ABSOLUTE)
         elif claim.measure in row:
             ours = f"{100 * (row['speed'] - 1):+.0f} %"
         else:

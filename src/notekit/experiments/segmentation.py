@@ -2,10 +2,10 @@
 
 from .study import Arm, Claim, Scale, Study
 
-# A context of 4,096 tokens, 512 latents and a second scale of 1,024 where there is one: the shape of every study of
+# A context of 4,096 tokens, 1,024 latents and a second scale of 1,024 where there is one: the shape of every study of
 # PerceiverS at this scale, so that they share runs.
 SHAPE = {"family": "perceivers", "hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 8}
-SIZES = {"context": 4096, "num_latents": 512}
+SIZES = {"context": 4096, "num_latents": 1024}
 SETS = {"pieces": 32, "tokens": 4096}
 
 SCALES = {
@@ -22,7 +22,7 @@ SCALES = {
         seeds=2,
         options={
             **{**SHAPE, **SIZES},
-            **{"steps": 500, "batch_size": 4, "warmup": 60, "eval_every": 250, "eval_pieces": 4, "bf16": True},
+            **{"steps": 1600, "batch_size": 1, "warmup": 100, "eval_every": 800, "eval_pieces": 4, "bf16": True},
         },
         measures={"likelihood": {"pieces": 24}, "sets": SETS},
     ),

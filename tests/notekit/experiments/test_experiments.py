@@ -14,6 +14,7 @@ from notekit.experiments.study import Arm, Claim, Scale, Study, StudyError, runs
 from notekit.experiments.training import arguments, train
 from notekit.train import OPTIONS, build_parser, family_of
 from notekit.train import main as train_command
+from sage_music import SageMusicTokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 4, "block_size": 96, "context": 256}
 SHAPE |= {"steps": 2, "batch_size": 2, "warmup": 1, "eval_every": 1, "eval_pieces": 1}
@@ -47,6 +48,10 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     for seed, split in enumerate(("train", "train", "validation", "test", "test")):
         folder = root / "multitrack" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        band(bars=4, seed=seed).dump_midi(folder / f"{seed}.mid")
+    for seed, split in enumerate(("train", "validation", "test", "test", "test", "test")):
+        folder = root / "piano" / split
         folder.mkdir(parents=True, exist_ok=True)
         band(bars=4, seed=seed).dump_midi(folder / f"{seed}.mid")
     return root
@@ -115,9 +120,54 @@ def test_a_failed_training_names_its_log(data, tmp_path):
 def test_wrong_input_is_named(data, tmp_path, capsys):
     with pytest.raises(ValueError, match="no scale 'huge': it has smoke"):
         run(STUDY, "huge", data, tmp_path)
-    command = ["experiment", "segmentation", "--scale", "smoke", "--data", str(data), "--runs", str(tmp_path)]
+    command = ["experiment", "segmentation", "--scale", "smoke", "--data", str(tmp_path), "--runs", str(tmp_path)]
     assert main(command) == 2
     assert "piano: no such folder" in capsys.readouterr().err
+
+
+def test_pieces_from_nothing_are_compared_with_human_ones(data, tmp_path):
+    """A PerceiverS arm: music in one batch, features of both sets, repetition over time; and its report."""
+    shape = {"family": "perceivers", "hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 4}
+    shape |= {"context": 96, "num_latents": 32, "steps": 1, "batch_size": 2, "warmup": 1, "eval_every": 1}
+    study = Study(
+        name="written",
+        title="Written",
+        claim="A claim.",
+        baseline="one",
+        arms={
+            "one": Arm({"cross_scales": (None,)}, "piano"),
+            "two": Arm({"cross_scales": (None, 48), "scale_mask": "static"}, "piano"),
+        },
+        scales={"smoke": Scale(1, shape, {"likelihood": {"pieces": 1}, "sets": {"pieces": 3, "tokens": 90}})},
+        claims=(Claim("two", "repeated_late", "repetition", "rare"),),
+    )
+    result = run(study, "smoke", data, tmp_path / "runs", tmp_path / "results", workers=1)
+    for one in result["runs"]:
+        sets = one["sets"]
+        assert (sets["written"], sets["human"]) == (3, 4) and np.shape(sets["repeated"]) == (3, 64)
+        assert 0 <= sets["features"]["mean"]["oa"] <= 1 and len(sets["halves"]) == 14
+    files = sorted((tmp_path / "runs").glob("*/from-nothing/3-90/*.mid"))
+    assert len(files) == 6 and all(path.read_bytes().startswith(b"MThd") for path in files)
+    shown = (tmp_path / "results" / "experiment-written-smoke.md").read_text()
+    assert "| PCH/seg |" in shown and "| two | repetition | rare |" in shown
+
+
+def test_compound_tokens_are_an_arm_like_others(data, tmp_path):
+    measures = {"likelihood": {"pieces": 2}, "continuation": {"prompts": 1, "bars": 1, "prompt_bars": 1}}
+    measures["writing"] = {"prompts": 2, "bars": 3, "rounds": 1, "prompt_bars": 1}
+    compound = STUDIES["pooling"].arms["compound tokens"]
+    study = Study("pooled", "", "", {"pooled": compound}, "pooled", {"smoke": Scale(1, SHAPE, measures)})
+    result = run(study, "smoke", data, tmp_path, None, workers=1)
+    (one,) = result["runs"]
+    assert one["continuation"]["pieces"][0]["failed"] is None
+    scored = one["likelihood"]["pieces"]
+    assert all(2 < record["nats"] / record["notes"] < 60 for record in scored)
+    # Notes and flat tokens, whatever the model's own positions are.
+    tokenizer = SageMusicTokenizer()
+    for record in scored:
+        ids = tokenizer.midi_to_ids(data / "multitrack" / "test" / record["piece"])
+        assert record["tokens"] == len(ids) and record["notes"] == 4 * 17
+    assert result["writing"]["pooled"]["notes_per_second"] > 0
 
 
 @pytest.mark.parametrize("name", STUDIES)
