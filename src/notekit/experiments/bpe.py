@@ -33,7 +33,7 @@ STUDY = Study(
     ),
     scales={
         "smoke": _scale("smoke", 1),
-        "cpu": _scale("cpu", 1, steps=450, eval_every=225),
+        "cpu": _scale("cpu", 1, steps=320, eval_every=320),
         "gpu": _scale("gpu", 3),
     },
 )

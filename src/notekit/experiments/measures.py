@@ -118,7 +118,7 @@ def _writer(run: Run, prompt_bars: int, bars: int) -> Callable[[str, int], Gener
     return lambda path, seed: continue_score_compound(model, tokenizer, path, prompt_bars, bars, seed)
 
 
-def sets(run: Run, data: Path, pieces: int, tokens: int) -> dict:
+def sets(run: Run, data: Path, pieces: int, tokens: int, half_samples: int = 8) -> dict:
     """`pieces` pieces from nothing of `tokens` tokens at most, against the test pieces' first `tokens` tokens.
 
     The music is written in one batch by `generate()`, with the checkpoint's sampling and the end of notes that sound
@@ -135,7 +135,9 @@ def sets(run: Run, data: Path, pieces: int, tokens: int) -> dict:
         "written": len(written),
         "human": len(human),
         "failed": [record for record in generated if record["failed"]],
-        "features": set_overlap(human, [r["features"] for r in generated if not r["failed"]], half_samples=0),
+        "features": set_overlap(
+            human, [r["features"] for r in generated if not r["failed"]], half_samples=half_samples
+        ),
         "halves": halves,
         "repeated": _repeated(written),
         "repeated_human": repeated_human,

@@ -47,6 +47,9 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
         base = study.baseline_of(name)
         for measure, table in tables[name].items():
             row[measure] = _interval(table) | {"seeds": np.nanmean(table, axis=1).tolist()}
+            if measure == "oa" and len(runs) == 1:  # by half samples of both sets, where there are no seeds to draw
+                mean = runs[0]["sets"]["features"]["mean"]
+                row[measure] |= {"low": mean["oa_low"], "high": mean["oa_high"]}
             if base != name:
                 other = tables[base][measure]
                 unit = 1.0 if measure in ABSOLUTE else np.nanmean(other) / 100
@@ -178,7 +181,7 @@ def _main_table(study: Study, found: dict[str, dict]) -> str:
 
 
 def _with_interval(value: dict, digits: int = 2) -> str:
-    if value["low"] == value["high"]:  # one number a seed, and one seed
+    if value["low"] in (None, value["high"]):  # one number a seed, and one seed
         return f"{value['mean']:.{digits}f}"
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
@@ -189,6 +192,8 @@ def _difference(value: dict, absolute: bool = False) -> str:
         return ""
     if absolute:
         return f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
+    if len(value["seeds"]) == 1 and change["low"] == change["high"]:
+        return f"{change['mean']:+.1f} % (one seed)"
     return f"{change['mean']:+.1f} % [{change['low']:+.1f}, {change['high']:+.1f}]"
 
 

@@ -6,7 +6,7 @@ from .study import Arm, Claim, Scale, Study
 # PerceiverS at this scale, so that they share runs.
 SHAPE = {"family": "perceivers", "hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 8}
 SIZES = {"context": 4096, "num_latents": 1024}
-SETS = {"pieces": 32, "tokens": 4096}
+SETS = {"pieces": 32, "tokens": 4096, "half_samples": 8}
 
 SCALES = {
     "smoke": Scale(
@@ -19,7 +19,7 @@ SCALES = {
         measures={"likelihood": {"pieces": 2}, "sets": {"pieces": 4, "tokens": 256}},
     ),
     "cpu": Scale(
-        seeds=2,
+        seeds=1,
         options={
             **{**SHAPE, **SIZES},
             **{"steps": 1600, "batch_size": 1, "warmup": 100, "eval_every": 800, "eval_pieces": 4, "bf16": True},
