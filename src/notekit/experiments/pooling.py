@@ -7,7 +7,7 @@ from .study import Arm, Claim, Scale, Study
 # Speed as a user meets it: notes a second of whole continuations, the arms in turn.
 WRITING = {
     "smoke": {"writing": {"prompts": 2, "bars": 2, "rounds": 1}},
-    "cpu": {"writing": {"prompts": 4, "bars": 8, "rounds": 3}},
+    "cpu": {"writing": {"prompts": 3, "bars": 8, "rounds": 2}},
     "gpu": {"writing": {"prompts": 4, "bars": 16, "rounds": 5}},
 }
 
@@ -33,5 +33,14 @@ STUDY = Study(
         Claim("compound tokens", "speed", "speed of generation", "faster (no figure)"),
         Claim("compound tokens", "nmsi", "NMSI", "significantly worse (no figure)"),
     ),
+    findings={
+        "cpu": [
+            "Quality: the claim holds, plainly, in NMSI and in nats per note: parallel heads take the attributes of a "
+            "note for independent of each other given the past, and they are not.",
+            "Speed is that of whole continuations through this package: compound tokens make a quarter of the "
+            "forward passes, with a stock Llama and its cache, and their sampling of eight fields runs in numpy; the "
+            "flat arms follow the grammar token by token. It says what a user gets here, not what pooling could give.",
+        ]
+    },
     scales={name: _scale(name) for name in ATTENTION_SCALES},
 )
