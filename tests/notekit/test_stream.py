@@ -418,7 +418,14 @@ def test_the_command_refuses_perceivers(capsys, tmp_path):
 @pytest.fixture
 def process():
     command = [sys.executable, "-m", "notekit.cli", "stream", str(SAINTS), "--bars", "900", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have had interrupts ignored; a user at a terminal has not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert json.loads(process.stdout.readline())["bar"] == 5  # nothing but notes, as they come
     yield process
     process.kill()
