@@ -31,6 +31,8 @@ BATCH = 8  # windows or segments at a time
 class PieceLikelihood:
     """Nats of a piece under a checkpoint: `work(key, path)` returns its record.
 
+    A model of another kind is a subclass with its own `parts`, `dataset` and `sum_of_nats`.
+
     Attributes:
         window: tokens that a SAGE-Music sees at a time; a PerceiverS sees its whole context.
     """
@@ -42,7 +44,7 @@ class PieceLikelihood:
     def __call__(self, key: str, path: str) -> dict:
         record = {"piece": key, "failed": None, "nats": 0.0, "notes": 0, "tokens": 0}
         try:
-            dataset, collate = self._dataset(path)
+            dataset, collate = self.dataset(path)
         except ValueError as error:  # unreadable, or nothing that this family hears
             return record | {"failed": reason(error, path)}
         record |= {"notes": dataset.num_notes, "tokens": dataset.num_tokens}
@@ -50,23 +52,31 @@ class PieceLikelihood:
             return record | {"failed": "no note of it is predicted"}
         import torch
 
-        from notekit.train import sum_of_nats
-
-        model, _ = loaded(self.checkpoint, self.device)
+        model, _ = self.parts()
         items = [dataset[index] for index in range(len(dataset))]
         with torch.no_grad():
             for start in range(0, len(items), BATCH):
                 batch = {
                     name: tensor.to(model.device) for name, tensor in collate(items[start : start + BATCH]).items()
                 }
-                record["nats"] += float(sum_of_nats(model(**batch).logits, batch["labels"]).sum())
+                record["nats"] += float(self.sum_of_nats(model(**batch).logits, batch["labels"]).sum())
         return record
 
-    def _dataset(self, path: str):
-        """The piece as training's evaluation takes it, and what makes batches of it."""
+    def parts(self):
+        """Model, on the device, and tokenizer of the checkpoint."""
+        return loaded(self.checkpoint, self.device)
+
+    def sum_of_nats(self, logits, labels):
+        """(B,) nats of the rows of a batch."""
+        from notekit.train import sum_of_nats
+
+        return sum_of_nats(logits, labels)
+
+    def dataset(self, path: str):
+        """The piece as training's evaluation takes it, and what makes batches of it; raises `ValueError` as `ids`."""
         from torch.utils.data import default_collate
 
-        model, tokenizer = loaded(self.checkpoint, self.device)
+        model, tokenizer = self.parts()
         pieces = [self.ids(path)]
         if model.config.model_type == "perceivers":
             from perceivers.segmentation import SegmentCollator, SequentialDataset
@@ -79,7 +89,7 @@ class PieceLikelihood:
 
     def ids(self, path: str) -> np.ndarray:
         """Token ids of a file, with its end; raises `ValueError` where there are none."""
-        _, tokenizer = loaded(self.checkpoint, self.device)
+        _, tokenizer = self.parts()
         with warnings.catch_warnings(action="ignore"):
             ids = tokenizer.midi_to_ids(path)
         return np.array(ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id])

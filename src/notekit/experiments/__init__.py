@@ -8,6 +8,7 @@ This module has the command's options; it imports no torch.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -31,12 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace) -> dict:
-    """What the subcommand does: runs the study, prints its report where no JSON is asked for. Returns the result."""
+    """What the subcommand does: runs the study, prints its report where no JSON is asked for. Returns the result.
+
+    Raises:
+        MissingExtraError: accelerate or matplotlib is not installed; nothing has been done then.
+        ValueError, OSError, StudyError: as `notekit.experiments.runner.run`.
+    """
     from notekit.bench_report import plotting
+    from notekit.render import MissingExtraError
+
+    # Before an hour of training, and before the runner, whose imports need `Trainer`.
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("studies train models, with accelerate: pip install 'sage-music[train,plot]'.")
+    plotting()
 
     from .runner import run
-
-    plotting()  # before an hour of training: matplotlib may be missing
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)

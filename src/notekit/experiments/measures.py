@@ -7,19 +7,19 @@ Music and numbers are kept in the run's folder, so that an interrupted study goe
 import copy
 import json
 from collections.abc import Callable
-from functools import cache, partial
-from itertools import islice
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
-from notekit import MAX_NOTE_SECONDS
+from notekit import MAX_NOTE_SECONDS, PROMPT_BARS
 from notekit.bench import cache_bytes, stock_llama, token_seconds
 from notekit.evaluate.continuation import PARTS, continuation_scores
 from notekit.evaluate.likelihood import WINDOW, PieceLikelihood
-from notekit.evaluate.pieces import seed_of, shuffled, unusable
+from notekit.evaluate.pieces import by_key, seed_of, shuffled, unusable
 from notekit.evaluate.sets import human_overlap, measured_set, set_overlap
 from notekit.evaluate.systems import CheckpointWriter, loaded
 from notekit.metrics import repeated_notes_by_segment
@@ -30,11 +30,11 @@ from sage_music import SageMusicTokenizer
 
 from .compound import CompoundMusicForCausalLM, CompoundWindowDataset, collate
 from .compound_generation import continue_score_compound
+from .segmentation import HALF_SAMPLES
 from .study import Run
 from .training import corpus_files
 
 COMPOUND = "notekit.experiments.compound"
-BATCH = 16  # windows or segments at a time
 HALVES = 8  # random splits of the human pieces
 WITHIN_S = 30.0  # what came back sooner is a loop; what came back later may be a theme
 
@@ -53,16 +53,29 @@ def measured(run: Run, name: str, data: Path, options: dict) -> dict:
 
 @cache
 def test_files(data: Path, corpus: str) -> dict[str, Path]:
-    """The corpus' test files by name, in the order in which measures take them."""
-    files = {path.name: path for path in corpus_files(data, corpus)["test"]}
+    """The corpus' test files by key, in the order in which measures take them."""
+    files = by_key(corpus_files(data, corpus)["test"])
     return {key: files[key] for key in shuffled(files, 0)}
 
 
 @cache
-def compound_of(folder: Path):
-    """Model and tokenizer of a run on compound tokens."""
-    tokenizer = SageMusicTokenizer.from_pretrained(folder / "best")
-    return CompoundMusicForCausalLM.from_pretrained(folder / "best").eval(), tokenizer
+def compound_of(checkpoint: str):
+    """Model and tokenizer of a checkpoint on compound tokens."""
+    return CompoundMusicForCausalLM.from_pretrained(checkpoint).eval(), SageMusicTokenizer.from_pretrained(checkpoint)
+
+
+@dataclass(frozen=True)
+class CompoundLikelihood(PieceLikelihood):
+    """`PieceLikelihood` for compound tokens, on the CPU; `window` and a record's `tokens` count flat ones."""
+
+    def parts(self):
+        return compound_of(self.checkpoint)
+
+    def sum_of_nats(self, logits, labels):
+        return self.parts()[0].sum_of_nats(logits, labels)
+
+    def dataset(self, path: str):
+        return CompoundWindowDataset([self.ids(path)], self.parts()[1], self.window), collate
 
 
 def likelihood(run: Run, data: Path, pieces: int) -> dict:
@@ -71,89 +84,98 @@ def likelihood(run: Run, data: Path, pieces: int) -> dict:
     Returns `pieces`: a record a piece with `piece`, `nats`, `notes` and `tokens` (flat ones, for compound tokens too),
     and `failed`, as `notekit.evaluate` has them.
     """
-    score = PieceLikelihood(str(run.checkpoint), window=run.options.get("block_size", WINDOW))
-    if run.trainer == COMPOUND:
-        score = partial(_compound_likelihood, run)
+    kind = CompoundLikelihood if run.trainer == COMPOUND else PieceLikelihood
+    score = kind(str(run.checkpoint), window=run.options.get("block_size", WINDOW))
     files = list(test_files(data, run.corpus).items())[: pieces or None]
     return {"pieces": [score(key, str(path)) for key, path in files]}
 
 
-def _compound_likelihood(run: Run, key: str, path: str) -> dict:
-    """`PieceLikelihood` for compound tokens."""
-    model, tokenizer = compound_of(run.folder)
-    dataset = CompoundWindowDataset(
-        [np.array([*tokenizer.midi_to_ids(path), tokenizer.eos_token_id])], tokenizer, run.options["block_size"]
-    )
-    items, nats = [dataset[index] for index in range(len(dataset))], 0.0
-    with torch.inference_mode():
-        for start in range(0, len(items), BATCH):
-            batch = collate(items[start : start + BATCH])
-            nats += float(model.sum_of_nats(model(**batch).logits, batch["labels"]).sum())
-    return {"piece": key, "failed": None, "nats": nats, "notes": dataset.num_notes, "tokens": dataset.num_tokens}
-
-
-def continuation(run: Run, data: Path, prompts: int, bars: int, prompt_bars: int = 4) -> dict:
+def continuation(run: Run, data: Path, prompts: int, bars: int, prompt_bars: int = PROMPT_BARS) -> dict:
     """NMSI of `bars` bars after the prompts, by piece; `pieces` are records of `continuation_scores`."""
-    files = _prompts(data, run.corpus, prompts, prompt_bars, bars)
-    records = continuation_scores(_writer(run, prompt_bars, bars), files, prompt_bars, bars, 0, run.folder / "music")
+    files, _ = _prompts(data, run.corpus, prompts, bars, prompt_bars)
+    music = run.folder / "music" / f"{prompt_bars}-{bars}"
+    records = continuation_scores(_writer(run, prompt_bars, bars), files, prompt_bars, bars, 0, music)
     keep = ("piece", "failed", *PARTS, "new_notes", "seconds")
     return {"pieces": [{name: record[name] for name in keep} for record in records]}
 
 
 @cache
-def _prompts(data: Path, corpus: str, prompts: int, prompt_bars: int, bars: int) -> dict[str, Path]:
-    """The first test files that are long enough."""
-    usable = (item for item in test_files(data, corpus).items() if unusable(item[1], prompt_bars, bars) is None)
-    files = dict(islice(usable, prompts))
+def _prompts(
+    data: Path, corpus: str, prompts: int, bars: int, prompt_bars: int
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The first test files that can be prompts, and why those that came up before the last of them cannot."""
+    files, skipped = {}, {}
+    for key, path in test_files(data, corpus).items():
+        if len(files) == prompts:
+            break
+        why = unusable(path, prompt_bars, bars)
+        if why is None:
+            files[key] = path
+        else:
+            skipped[key] = why
     if not files:
-        raise ValueError(f"{data}: no test piece of {corpus} has {prompt_bars + bars} bars.")
-    return files
+        shown = "; ".join(f"{key}: {why}" for key, why in list(skipped.items())[:3])
+        raise ValueError(f"{data}: no test piece of {corpus} can be a prompt with {bars} more bars ({shown}).")
+    return files, skipped
+
+
+def skipped_prompts(data: Path, corpus: str, options: dict) -> dict[str, str]:
+    """Test pieces that `continuation` or `writing`, of these options, passed over, and why."""
+    return _prompts(data, corpus, options["prompts"], options["bars"], options.get("prompt_bars", PROMPT_BARS))[1]
 
 
 def _writer(run: Run, prompt_bars: int, bars: int) -> Callable[[str, int], Generated]:
     """What continues a file with a seed."""
     if run.trainer != COMPOUND:
         return CheckpointWriter(str(run.checkpoint), bars=bars, prompt_bars=prompt_bars)
-    model, tokenizer = compound_of(run.folder)
+    model, tokenizer = compound_of(str(run.checkpoint))
     return lambda path, seed: continue_score_compound(model, tokenizer, path, prompt_bars, bars, seed)
 
 
-def sets(run: Run, data: Path, pieces: int, tokens: int, half_samples: int = 8) -> dict:
+def sets(run: Run, data: Path, pieces: int, tokens: int, half_samples: int = HALF_SAMPLES) -> dict:
     """`pieces` pieces from nothing of `tokens` tokens at most, against the test pieces' first `tokens` tokens.
 
     The music is written in one batch by `generate()`, with the checkpoint's sampling and the end of notes that sound
     for too long, as `sage-music generate` does. Both sets are compared feature by feature (`features`, as
-    `notekit.evaluate.sets.set_overlap`; `human` is one random half of the test pieces against the other), and
+    `notekit.evaluate.sets.set_overlap`; `halves` is one random half of the test pieces against the other), and
     `repeated` has repeated notes per second by 64ths of each generated piece, `repeated_human` those of the test
-    pieces.
+    pieces. What cannot be measured is in neither: `failed` has the records of such generated pieces, `skipped` the
+    reasons of such test pieces. `written` and `human` count all that were generated, and the test pieces used.
     """
     model, tokenizer = loaded(str(run.checkpoint), "cpu")
     written = _write_from_nothing(run, model, tokenizer, pieces, tokens)
     generated = measured_set(written, performed=True)
-    human, halves, repeated_human = _human(data, run.corpus, tokens, run.folder.parent / "cache")
+    human, skipped, halves, repeated_human = _human(data, run.corpus, tokens, run.folder.parent / "cache")
     return {
         "written": len(written),
         "human": len(human),
         "failed": [record for record in generated if record["failed"]],
+        "skipped": skipped,
         "features": set_overlap(
             human, [r["features"] for r in generated if not r["failed"]], half_samples=half_samples
         ),
         "halves": halves,
-        "repeated": _repeated(written),
+        "repeated": _repeated(written, generated),
         "repeated_human": repeated_human,
     }
 
 
 @cache
-def _human(data: Path, corpus: str, tokens: int, folder: Path) -> tuple[list[dict], dict, list[list[float]]]:
-    """Features of the test pieces' first tokens, one half of them against the other, and their repetition."""
+def _human(
+    data: Path, corpus: str, tokens: int, folder: Path
+) -> tuple[list[dict], dict[str, str], dict, list[list[float]]]:
+    """Features of the test pieces' first tokens, what has none, one half against the other, and their repetition."""
     files = _cut_pieces(data, corpus, tokens, folder)
-    features = [record["features"] for record in measured_set(files, performed=True) if not record["failed"]]
-    return features, human_overlap(features, splits=HALVES), _repeated(files)
+    records = measured_set(files, performed=True)
+    features = [record["features"] for record in records if not record["failed"]]
+    skipped = {record["piece"]: record["failed"] for record in records if record["failed"]}
+    return features, skipped, human_overlap(features, splits=HALVES), _repeated(files, records)
 
 
-def _repeated(files: dict[str, Path]) -> list[list[float]]:
-    return [repeated_notes_by_segment(read_notes(path), within_s=WITHIN_S).round(4).tolist() for path in files.values()]
+def _repeated(files: dict[str, Path], records: list[dict]) -> list[list[float]]:
+    """A row of 64 numbers for every file that could be measured."""
+    notes = [read_notes(files[record["piece"]]) for record in records if not record["failed"]]
+    return [repeated_notes_by_segment(of_piece, within_s=WITHIN_S).round(4).tolist() for of_piece in notes]
 
 
 def _write_from_nothing(run: Run, model, tokenizer, pieces: int, tokens: int) -> dict[str, Path]:
@@ -177,7 +199,7 @@ def _cut_pieces(data: Path, corpus: str, tokens: int, folder: Path) -> dict[str,
     """The test pieces' first tokens, as files: models write no more than so many."""
     files, tokenizer = {}, PerceiverSTokenizer()
     for key, path in test_files(data, corpus).items():
-        files[key] = folder / f"{corpus}-{tokens}" / f"{path.stem}.mid"
+        files[key] = folder / f"{corpus}-{tokens}" / key
         if not files[key].is_file():
             write_midi(files[key], tokenizer.decode_midi(tokenizer.midi_to_ids(path)[:tokens]))
     return files
@@ -224,13 +246,13 @@ def _long_piece(data: Path, run: Run, context: int) -> torch.Tensor:
 
 
 def writing(
-    runs: dict[str, Run], data: Path, prompts: int, bars: int, rounds: int, prompt_bars: int = 4
+    runs: dict[str, Run], data: Path, prompts: int, bars: int, rounds: int, prompt_bars: int = PROMPT_BARS
 ) -> dict[str, dict]:
     """Continuations of a few prompts, all arms in turn in this process: by arm, `notes_per_second` (rounds' median)."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):  # the first warms up
         for name, run in runs.items():
-            files = _prompts(data, run.corpus, prompts, prompt_bars, bars)
+            files, _ = _prompts(data, run.corpus, prompts, bars, prompt_bars)
             pieces = [_writer(run, prompt_bars, bars)(path, seed_of(turn, key)) for key, path in files.items()]
             rates[name].append(sum(p.notes for p in pieces) / sum(p.seconds for p in pieces))
     return {name: {"notes_per_second": float(np.median(values[1:]))} for name, values in rates.items()}
@@ -239,4 +261,14 @@ def writing(
 SPEEDS = {"decoding": decoding, "writing": writing}
 
 
-__all__ = ["MEASURES", "SPEEDS", "continuation", "decoding", "likelihood", "measured", "sets", "writing"]
+__all__ = [
+    "MEASURES",
+    "SPEEDS",
+    "continuation",
+    "decoding",
+    "likelihood",
+    "measured",
+    "sets",
+    "skipped_prompts",
+    "writing",
+]

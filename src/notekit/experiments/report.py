@@ -2,10 +2,13 @@
 
 Conventions: an arm's number is the mean over pieces and seeds; brackets hold its 95 % interval, by a bootstrap that
 draws seeds and pieces anew (10,000 times). Differences are paired, piece by piece and seed by seed, with the arm's
-baseline: one whose interval holds 0 is no difference.
+baseline, over what both could score: one whose interval holds 0 is no difference. A number of which any part is
+undefined is undefined: None in JSON. A failed continuation counts as NMSI 0; any other failed piece is left out, and
+all failures are counted.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,15 +31,16 @@ COMPARED = {
     "repeated_late": ("repeated notes/s, second half", False),
 }
 ABSOLUTE = ("repeated_late",)  # a baseline may be 0: differences are not in per cent
+LISTED = 10  # pieces passed over that the report names
 
 
 def summary(study: Study, result: dict) -> dict[str, dict]:
     """By arm: `parameters`, the means of what was measured with intervals, differences to its baseline, and speeds.
 
-    A compared measure is a dict of `mean`, `low`, `high`, `seeds` (a mean a seed), and, but for a baseline,
-    `difference`: `mean`, `low`, `high`, in per cent of the baseline's mean (`repeated_late`: in notes/s).
+    A compared measure is a dict of `mean`, `low`, `high`, `seeds` (a mean a seed), `n` (pieces used of each seed), and,
+    but for a baseline, `difference`: `mean`, `low`, `high`, in per cent of the baseline's mean (`repeated_late`: in
+    notes/s). `failed` counts pieces of all measures and seeds.
     """
-    tables = {name: _tables(result, name) for name in study.arms}
     found = {}
     for name in study.arms:
         runs = [run for run in result["runs"] if run["arm"] == name]
@@ -45,19 +49,22 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
             "train_hours": sum(run["train_seconds"] for run in runs) / 3600,
         }
         base = study.baseline_of(name)
-        for measure, table in tables[name].items():
-            row[measure] = _interval(table) | {"seeds": np.nanmean(table, axis=1).tolist()}
+        paired, other = _tables(result, name, base), _tables(result, base, name)
+        for measure, table in _tables(result, name, name).items():
+            row[measure] = _interval(table) | {"seeds": [_mean(of_seed) for of_seed in table], "n": table.shape[1]}
+            if measure == "oa":  # a number a run, of so many generated pieces
+                row[measure]["n"] = min(run["sets"]["written"] - len(run["sets"]["failed"]) for run in runs)
             if measure == "oa" and len(runs) == 1:  # by half samples of both sets, where there are no seeds to draw
                 mean = runs[0]["sets"]["features"]["mean"]
                 row[measure] |= {"low": mean["oa_low"], "high": mean["oa_high"]}
             if base != name:
-                other = tables[base][measure]
-                unit = 1.0 if measure in ABSOLUTE else np.nanmean(other) / 100
-                row[measure]["difference"] = _interval((table - other) / unit)
-        if "likelihood" in runs[0]:
-            row["tokens_per_note"] = _ratio(runs[0]["likelihood"]["pieces"], "tokens", "notes")
-        if "continuation" in runs[0]:
-            row["failed"] = sum(bool(r["failed"]) for run in runs for r in run["continuation"]["pieces"])
+                # In per cent of nothing, a difference is undefined.
+                unit = 1.0 if measure in ABSOLUTE else (_mean(other[measure]) or math.nan) / 100
+                row[measure]["difference"] = _interval((paired[measure] - other[measure]) / unit)
+        scored = [r for r in runs[0].get("likelihood", {}).get("pieces", ()) if not r["failed"]]
+        if scored:
+            row["tokens_per_note"] = _ratio(scored, "tokens", "notes")
+        row["failed"] = sum(map(_failures, runs))
         if "decoding" in result:
             own, full = (result["decoding"][arm] for arm in (name, base))
             row["speed"] = full["seconds"] / own["seconds"]
@@ -71,18 +78,33 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
     return found
 
 
-def _tables(result: dict, arm: str) -> dict[str, np.ndarray]:
-    """(seeds, pieces) values of every compared measure of an arm; one piece where a run has only one number."""
+def _failures(run: dict) -> int:
+    records = [*run.get("likelihood", {}).get("pieces", ()), *run.get("continuation", {}).get("pieces", ())]
+    return sum(bool(record["failed"]) for record in records) + len(run.get("sets", {}).get("failed", ()))
+
+
+def _tables(result: dict, arm: str, beside: str) -> dict[str, np.ndarray]:
+    """(seeds, pieces) values of every compared measure of an arm; one piece where a run has only one number.
+
+    Only pieces that every run of the arm, and of the one `beside` it, could score: tables are compared entry by entry.
+    Generated pieces have no partners: as many are taken as the run with the fewest has.
+    """
+    both = [run for run in result["runs"] if run["arm"] in (arm, beside)]
+    scored = [
+        {r["piece"] for r in run["likelihood"]["pieces"] if not r["failed"]} for run in both if "likelihood" in run
+    ]
+    fewest = min((len(run["sets"]["repeated"]) for run in both if "sets" in run), default=0)
     rows: dict[str, list] = {}
-    for run in result["runs"]:
+    for run in both:
         if run["arm"] != arm:
             continue
         if "likelihood" in run:
-            rows.setdefault("nats_per_note", []).append(list(linearised(run["likelihood"]["pieces"]).values()))
+            common = [r for r in run["likelihood"]["pieces"] if all(r["piece"] in of_run for of_run in scored)]
+            rows.setdefault("nats_per_note", []).append(list(linearised(common).values()))
         if "continuation" in run:
             rows.setdefault("nmsi", []).append([record["nmsi"] for record in run["continuation"]["pieces"]])
         if "sets" in run:
-            curves = np.array(run["sets"]["repeated"])
+            curves = np.array(run["sets"]["repeated"][:fewest])
             rows.setdefault("oa", []).append([run["sets"]["features"]["mean"]["oa"]])
             rows.setdefault("repeated_late", []).append(curves[:, curves.shape[1] // 2 :].mean(axis=1).tolist())
     return {name: np.array(values, dtype=np.float64) for name, values in rows.items()}
@@ -92,15 +114,23 @@ def _ratio(records: Sequence[Mapping], top: str, bottom: str) -> float:
     return sum(record[top] for record in records) / sum(record[bottom] for record in records)
 
 
-def _interval(table: np.ndarray) -> dict[str, float]:
-    """Mean and 95 % interval of (seeds, pieces) values, drawing seeds and pieces with replacement."""
+def _mean(values: np.ndarray) -> float | None:
+    """None where there is no value, or one that is undefined."""
+    return float(values.mean()) if values.size and np.isfinite(values).all() else None
+
+
+def _interval(table: np.ndarray) -> dict[str, float | None]:
+    """Mean and 95 % interval of (seeds, pieces) values, drawing seeds and pieces with replacement; None: as `_mean`."""
+    mean = _mean(table)
+    if mean is None:
+        return {"mean": None, "low": None, "high": None}
     rng = np.random.default_rng(0)
     seeds, pieces = table.shape
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
     by_piece = rng.multinomial(pieces, np.full(pieces, 1 / pieces), RESAMPLES) / pieces
     means = ((by_seed @ table) * by_piece).sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(table.mean()), "low": float(low), "high": float(high)}
+    return {"mean": mean, "low": float(low), "high": float(high)}
 
 
 def write_report(study: Study, result: dict, folder: Path) -> list[Path]:
@@ -144,6 +174,9 @@ def report(study: Study, result: dict, found: dict[str, dict], picture: str) -> 
         "Means over pieces and seeds, 95 % intervals in brackets (seeds and pieces drawn anew); differences are "
         "paired, in per cent of the baseline. A difference whose interval holds 0 is none. NMSI: the paper's own "
         "normalisers are not public, so that its numbers compare as differences only.",
+        "n: pieces of each seed that the number before it is a mean of (mean OA: generated pieces). failed: pieces of "
+        "all measures and seeds; a failed continuation counts as NMSI 0, what else failed is left out. "
+        + _passed_over(result),
     ]
     if "sets" in runs[0]:
         parts += [_feature_table(study, result), _repetition_table(study, found)]
@@ -158,11 +191,20 @@ def _said(options: Mapping) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in options.items()) or "by default"
 
 
+def _passed_over(result: dict) -> str:
+    named = [
+        f"{piece} ({corpus}: {why})" for corpus, skipped in result["skipped"].items() for piece, why in skipped.items()
+    ]
+    more = f"; {len(named) - LISTED} more, in the JSON file" if len(named) > LISTED else ""
+    shown = "; ".join(named[:LISTED]) + more or "none"
+    return f"Test pieces passed over, as prompts or among the human ones: {shown}."
+
+
 def _main_table(study: Study, found: dict[str, dict]) -> str:
     present = [name for name in COMPARED if any(name in row for row in found.values()) and name != "repeated_late"]
     columns = ["arm", "parameters"]
     for name in present:
-        columns += [COMPARED[name][0], "difference"]
+        columns += [COMPARED[name][0], "n", "difference"]
     extra = {
         "tokens_per_note": ("tokens per note", lambda value: f"{value:.2f}"),
         "notes_per_second": ("notes/s", lambda value: f"{value:.0f}"),
@@ -175,12 +217,14 @@ def _main_table(study: Study, found: dict[str, dict]) -> str:
     for arm, row in found.items():
         cells = [f"**{arm}**" if study.baseline_of(arm) == arm else arm, f"{row['parameters']:,}"]
         for name in present:
-            cells += [_with_interval(row[name]), _difference(row[name])]
+            cells += [_with_interval(row[name]), str(row[name]["n"]), _difference(row[name])]
         rows.append(cells + [told(row[name]) if name in row else "" for name, (_, told) in extra.items()])
     return markdown(columns + [title for title, _ in extra.values()], rows)
 
 
 def _with_interval(value: dict, digits: int = 2) -> str:
+    if value["mean"] is None:
+        return "undefined"
     if value["low"] in (None, value["high"]):  # one number a seed, and one seed
         return f"{value['mean']:.{digits}f}"
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
@@ -190,6 +234,8 @@ def _difference(value: dict, absolute: bool = False) -> str:
     change = value.get("difference")
     if change is None:
         return ""
+    if change["mean"] is None:
+        return "undefined"
     if absolute:
         return f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
     if len(value["seeds"]) == 1 and change["low"] == change["high"]:
@@ -199,31 +245,30 @@ def _difference(value: dict, absolute: bool = False) -> str:
 
 def _feature_table(study: Study, result: dict) -> str:
     """OA and KLD of every feature: means over seeds; the human halves beside them."""
-    arms = list(study.arms)
+    arms, sets = list(study.arms), result["runs"][0]["sets"]
     rows = []
     for feature in (*FEATURES, "mean"):
         cells = [feature]
         for arm in arms:
             of_arm = [run["sets"]["features"][feature] for run in result["runs"] if run["arm"] == arm]
             cells += [_mean_of(of_arm, "oa"), _mean_of(of_arm, "kld")]
-        halves = result["runs"][0]["sets"]["halves"][feature]
-        rows.append([*cells, _mean_of([halves], "oa")])
-    columns = ["feature", *(f"{name} of {arm}" for arm in arms for name in ("OA", "KLD")), "OA of human halves"]
-    return markdown(columns, rows)
+        rows.append([*cells, _mean_of([sets["halves"][feature]], "oa")])
+    columns = ["feature", *(f"{name} of {arm}" for arm in arms for name in ("OA", "KLD"))]
+    return markdown([*columns, f"OA of human halves (n {sets['human']})"], rows)
 
 
 def _mean_of(found: list[dict], name: str) -> str:
     values = [entry[name] for entry in found if entry.get(name) is not None]
-    return f"{np.mean(values):.3f}" if values else "undefined"
+    some = f" ({len(values)} of {len(found)} seeds)" if len(values) < len(found) else ""
+    return f"{np.mean(values):.3f}{some}" if values else "undefined"
 
 
 def _repetition_table(study: Study, found: dict[str, dict]) -> str:
     rows = [
-        [arm, _with_interval(row["repeated_late"]), _difference(row["repeated_late"], absolute=True)]
-        for arm, row in found.items()
-        if "repeated_late" in row
+        [arm, _with_interval(late), str(late["n"]), _difference(late, absolute=True)]
+        for arm, late in ((arm, row["repeated_late"]) for arm, row in found.items() if "repeated_late" in row)
     ]
-    return markdown(["arm", "repeated notes per second, second half of a piece", "difference"], rows)
+    return markdown(["arm", "repeated notes per second, second half of a piece", "n", "difference"], rows)
 
 
 def _claim_table(study: Study, found: dict[str, dict]) -> str:
@@ -256,6 +301,9 @@ def draw_differences(study: Study, found: dict[str, dict]) -> bytes:
         title, more = COMPARED[name]
         for place, arm in enumerate(arms):
             change = found[arm][name]["difference"]
+            if change["mean"] is None:
+                axes.text(0, place, " undefined", va="center", fontsize=8)
+                continue
             worse = change["high"] < 0 if more else change["low"] > 0
             better = change["low"] > 0 if more else change["high"] < 0
             colour = PALETTE[1] if worse else PALETTE[0] if better else GREY
@@ -276,7 +324,8 @@ def draw_repetition(study: Study, result: dict) -> bytes:
     places = np.arange(len(FEATURES))
     for index, arm in enumerate(study.arms):
         of_arm = [run["sets"] for run in result["runs"] if run["arm"] == arm]
-        overlap = [[sets["features"][name]["oa"] or 0.0 for name in FEATURES] for sets in of_arm]
+        # Undefined in a seed, undefined in the mean: such a point is missing.
+        overlap = np.array([[sets["features"][name]["oa"] for name in FEATURES] for sets in of_arm], np.float64)
         colour = PALETTE[index % len(PALETTE)]
         left.plot(places, np.mean(overlap, axis=0), "o", color=colour, label=arm)
         curve = np.mean([np.mean(sets["repeated"], axis=0) for sets in of_arm], axis=0)
@@ -284,7 +333,7 @@ def draw_repetition(study: Study, result: dict) -> bytes:
     halves = result["runs"][0]["sets"]["halves"]
     left.plot(
         places,
-        [halves[name]["oa"] or 0.0 for name in FEATURES],
+        np.array([halves[name]["oa"] for name in FEATURES], np.float64),
         "_",
         color="black",
         markersize=14,

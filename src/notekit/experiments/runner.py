@@ -16,7 +16,7 @@ from notekit.bench import machine
 from notekit.evaluate.pieces import each
 from notekit.midi import write_atomic
 
-from .measures import MEASURES, SPEEDS, measured
+from .measures import MEASURES, SPEEDS, measured, skipped_prompts
 from .report import write_report
 from .study import Run, Study, runs_of
 from .training import prepare, train
@@ -69,6 +69,7 @@ def run(
         },
         "runs": [{"arm": run.arm, "seed": run.seed, **records[str(run.folder)]} for run in chosen],
     }
+    result["skipped"] = _skipped(chosen, records, data, sizes)
     first = {run.arm: run for run in chosen if run.seed == 0}
     for name in [name for name in sizes if name in SPEEDS]:
         say(f"speed of {name}")
@@ -83,6 +84,17 @@ def _train_and_measure(run: Run, *, data: Path, cache: Path, measures: dict[str,
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     found = {name: measured(run, name, data, options) for name, options in measures.items()}
     return {"parameters": report["parameters"], "train_seconds": report["train_seconds"], **found}
+
+
+def _skipped(chosen: list[Run], records: dict[str, dict], data: Path, sizes: dict[str, dict]) -> dict[str, dict]:
+    """By corpus, the test pieces that were passed over, as prompts or among the human ones, and why."""
+    found: dict[str, dict] = {run.corpus: {} for run in chosen}
+    for corpus, skipped in found.items():
+        for name in [name for name in ("continuation", "writing") if name in sizes]:
+            skipped |= skipped_prompts(data, corpus, sizes[name])
+    for run in chosen:
+        found[run.corpus] |= records[str(run.folder)].get("sets", {}).get("skipped", {})
+    return {corpus: skipped for corpus, skipped in found.items() if skipped}
 
 
 def _kept_speed(study: Study, scale: str, name: str, first: dict[str, Run], data, options: dict, runs: Path) -> dict:

@@ -6,7 +6,8 @@ from .study import Arm, Claim, Scale, Study
 # PerceiverS at this scale, so that they share runs.
 SHAPE = {"family": "perceivers", "hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 8}
 SIZES = {"context": 4096, "num_latents": 1024}
-SETS = {"pieces": 32, "tokens": 4096, "half_samples": 8}
+HALF_SAMPLES = 8  # for the intervals of Overlap Areas, where a measure's options say nothing else
+SETS = {"pieces": 32, "tokens": 4096, "half_samples": HALF_SAMPLES}
 
 SCALES = {
     "smoke": Scale(

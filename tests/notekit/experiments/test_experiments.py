@@ -1,14 +1,17 @@
 """Studies end to end on small folders with the real Trainer: reports, resuming, honest numbers; those declared."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from conftest import band
+from symusic import Score
 
 from notekit.cli import main
 from notekit.experiments import STUDIES
-from notekit.experiments.report import report, summary
+from notekit.experiments.measures import measured
+from notekit.experiments.report import _interval, report, summary
 from notekit.experiments.runner import run
 from notekit.experiments.study import Arm, Claim, Scale, Study, StudyError, runs_of
 from notekit.experiments.training import arguments, train
@@ -150,6 +153,16 @@ def test_pieces_from_nothing_are_compared_with_human_ones(data, tmp_path):
     assert len(files) == 6 and all(path.read_bytes().startswith(b"MThd") for path in files)
     shown = (tmp_path / "results" / "experiment-written-smoke.md").read_text()
     assert "| PCH/seg |" in shown and "| two | repetition | rare |" in shown
+    assert "OA of human halves (n 4)" in shown
+    # A piece without a note ends no study: it is counted, and the others are measured.
+    folder = files[0].parents[2]
+    Score(480).dump_midi(folder / "from-nothing" / "3-90" / "000.mid")
+    (folder / "sets.json").unlink()
+    run(study, "smoke", data, tmp_path / "runs", tmp_path / "results", workers=1)
+    found = json.loads((tmp_path / "results" / "experiment-written-smoke.json").read_text())["summary"]
+    assert sorted(row["failed"] for row in found.values()) == [0, 1]
+    assert sorted(row["oa"]["n"] for row in found.values()) == [2, 3]
+    assert sorted(row["repeated_late"]["n"] for row in found.values()) == [2, 3]
 
 
 def test_compound_tokens_are_an_arm_like_others(data, tmp_path):
@@ -168,6 +181,45 @@ def test_compound_tokens_are_an_arm_like_others(data, tmp_path):
         ids = tokenizer.midi_to_ids(data / "multitrack" / "test" / record["piece"])
         assert record["tokens"] == len(ids) and record["notes"] == 4 * 17
     assert result["writing"]["pooled"]["notes_per_second"] > 0
+
+
+def test_pieces_that_cannot_be_used_are_counted_and_named(tmp_path):
+    """Flat and compound arms over test pieces of the same name, one too short for a prompt and one that is broken."""
+    data = tmp_path / "data"
+    files = ("train/0.mid", "validation/1.mid", "test/a/piece.mid", "test/b/piece.mid", "test/short.mid")
+    for seed, name in enumerate(files):
+        path = data / "multitrack" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        band(bars=1 if "short" in name else 4, seed=seed).dump_midi(path)
+    (data / "multitrack" / "test" / "broken.mid").write_bytes(b"MThd")
+    measures = {"likelihood": {"pieces": 0}, "continuation": {"prompts": 5, "bars": 2, "prompt_bars": 1}}
+    arms = {"flat": STUDY.arms["full"], "pooled": STUDIES["pooling"].arms["compound tokens"]}
+    study = Study("counted", "", "", arms, "flat", {"smoke": Scale(1, SHAPE | {"context": 2048}, measures)})
+    result = run(study, "smoke", data, tmp_path / "runs", tmp_path / "results", workers=1)
+    for one in result["runs"]:
+        failed = {record["piece"]: record["failed"] for record in one["likelihood"]["pieces"]}
+        assert set(failed) == {"a/piece.mid", "b/piece.mid", "short.mid", "broken.mid"}
+        assert "unreadable" in failed.pop("broken.mid") and set(failed.values()) == {None}
+        assert {record["piece"] for record in one["continuation"]["pieces"]} == {"a/piece.mid", "b/piece.mid"}
+    found = json.loads((tmp_path / "results" / "experiment-counted-smoke.json").read_text())
+    assert set(found["skipped"]["multitrack"]) == {"short.mid", "broken.mid"}
+    for row in found["summary"].values():
+        assert (row["nats_per_note"]["n"], row["nmsi"]["n"], row["failed"]) == (3, 2, 1)
+    shown = (tmp_path / "results" / "experiment-counted-smoke.md").read_text()
+    assert "short.mid (multitrack: too short: 1 of 3 bars)" in shown and "| nats per note | n |" in shown
+    # Other options are measured beside what is kept.
+    one = runs_of(study, "smoke", tmp_path / "runs")[0]
+    shorter = measured(one, "continuation", data, measures["continuation"] | {"bars": 1})
+    assert len(shorter["pieces"]) == 2
+    assert {path.name for path in (one.folder / "music").iterdir()} == {"1-1", "1-2"}
+
+
+def test_a_missing_extra_is_said_before_the_work(monkeypatch, data, tmp_path, capsys):
+    command = ["experiment", "as-kvhs", "--scale", "smoke", "--data", str(data), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(command) == 2
+    assert "pip install 'sage-music[train,plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -235,7 +287,7 @@ def test_summary_of_numbers_known_by_hand():
     assert [change[name] for name in ("mean", "low", "high")] == pytest.approx([-100 / 6] * 3)
     assert found["routed"]["speed"] == 2.0 and found["routed"]["cache"] == 0.25
     assert found["routed"]["tokens_per_note"] == 4.0 and found["full"]["train_hours"] == pytest.approx(120 / 3600)
-    options = {"options": {}, "sizes": {}, "study": "small", "scale": "smoke"}
+    options = {"options": {}, "sizes": {}, "study": "small", "scale": "smoke", "skipped": {}}
     shown = report(STUDY, result | options | {"machine": MACHINE}, found, "picture.png")
     assert (
         "| routed | NMSI | -0.4 % | -16.7 % [-16.7, -16.7] |" in shown
@@ -243,12 +295,51 @@ def test_summary_of_numbers_known_by_hand():
     )
 
 
+def test_only_pieces_that_both_could_score_are_compared():
+    """The second piece failed in one run: differences are over the first, and nothing stands in for it."""
+    runs = [
+        {"arm": "full", "seed": 0, **records((100, 60), (50, 70))},
+        {"arm": "routed", "seed": 0, **records((110, 0), (40, 60))},
+    ]
+    runs[1]["likelihood"]["pieces"][1] |= {"failed": "unreadable", "notes": 0, "tokens": 0}
+    found = summary(STUDY, {"runs": runs})
+    assert (found["full"]["nats_per_note"]["n"], found["routed"]["nats_per_note"]["n"]) == (2, 1)
+    assert found["full"]["nats_per_note"]["mean"] == pytest.approx(8.0)
+    assert found["routed"]["nats_per_note"]["mean"] == pytest.approx(11.0)
+    assert found["routed"]["nats_per_note"]["difference"]["mean"] == pytest.approx(10.0)  # 11 against 10, not 8
+    assert (found["full"]["failed"], found["routed"]["failed"]) == (0, 1)
+    assert found["routed"]["tokens_per_note"] == 4.0
+
+
+def test_what_is_undefined_is_said_so():
+    """An Overlap Area that one of two seeds has not, and a baseline of 0: no mean and no per cent."""
+    runs = []
+    for arm, seed, oa in (("full", 0, 0.5), ("full", 1, None), ("routed", 0, 0.6), ("routed", 1, 0.7)):
+        features = {"mean": {"oa": oa, "oa_low": None, "oa_high": None}}
+        sets = {"written": 2, "human": 4, "failed": [], "features": features, "repeated": [[0.0] * 64] * 2}
+        one = records((100, 60), (0, 0) if arm == "full" else (40, 60))
+        runs.append({"arm": arm, "seed": seed, **one, "sets": sets})
+    found = summary(STUDY, {"runs": runs})
+    assert found["full"]["oa"]["mean"] is None and found["full"]["oa"]["seeds"] == [0.5, None]
+    assert found["routed"]["oa"]["mean"] == pytest.approx(0.65)
+    nothing = {"mean": None, "low": None, "high": None}
+    assert found["routed"]["oa"]["difference"] == found["routed"]["nmsi"]["difference"] == nothing
+    assert found["routed"]["repeated_late"]["difference"]["mean"] == 0
+    del runs[0]["sets"]  # the tables of features are not what is asked for here
+    options = {"options": {}, "sizes": {}, "study": "small", "scale": "smoke", "skipped": {}}
+    line = next(
+        line
+        for line in report(STUDY, {"runs": runs, **options, "machine": MACHINE}, found, "x.png").splitlines()
+        if line.startswith("| routed |")
+    )
+    assert "| 50.00 [40.00, 60.00] | 2 | undefined | 0.65 [0.60, 0.70] | 2 | undefined |" in line
+    json.dumps(found, allow_nan=False)
+
+
 MACHINE = {"cores": 2, "threads": 2, "torch": "2"}
 
 
 def test_intervals_hold_what_seeds_add():
     """Pieces that agree and seeds that do not: the interval is as wide as the seeds are apart."""
-    from notekit.experiments.report import _interval
-
     found = _interval(np.array([[1.0] * 50, [2.0] * 50, [3.0] * 50]))
     assert found["mean"] == 2.0 and found["low"] < 1.4 and found["high"] > 2.6
