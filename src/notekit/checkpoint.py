@@ -1,18 +1,23 @@
-"""Model and tokenizer of a checkpoint, of either family, checked tensor by tensor.
+"""Model and tokenizer of a checkpoint or of an adapter, of either family, checked tensor by tensor.
 
 from notekit.checkpoint import load
 model, tokenizer = load("perceivers")
 """
 
+import json
 import os
+from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer
-from transformers.utils import logging
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 import perceivers
 import sage_music
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
+
+from .render import MissingExtraError
 
 # The bundled checkpoints by their short names, the default first.
 BUNDLED = {"sage-music": sage_music.PRETRAINED, "perceivers": perceivers.PRETRAINED}
@@ -31,25 +36,36 @@ class CheckpointError(ValueError):
 def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
     """Model (in evaluation mode) and tokenizer of a checkpoint; which family's, its config says.
 
+    Of an adapter, such as `notekit.lora.add_lora` makes, the base model is loaded by the name in the adapter's config,
+    which is any that this function takes, and the adapter merged into it. The tokenizer is the adapter's, where it has
+    one, otherwise the base model's.
+
     Args:
         checkpoint: `"sage-music"` (the default) or `"perceivers"`, which are bundled; a folder; or a Hub name. For a
             folder of one of those two names write `./perceivers`.
 
     Raises:
-        CheckpointError: no such checkpoint, one of another model, a missing or misshapen tensor, or a config that
-            contradicts itself.
+        CheckpointError: no such checkpoint, one of another model, a missing or misshapen tensor, a config that
+            contradicts itself, or an adapter whose base model is not to be found or is another one.
+        MissingExtraError: it is an adapter, and PEFT is not installed.
     """
-    name = os.fspath(checkpoint) if checkpoint is not None else next(iter(BUNDLED))
+    return _load(os.fspath(checkpoint) if checkpoint is not None else next(iter(BUNDLED)), ())
+
+
+def _load(name: str, adapters: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
+    """As `load`; `adapters` are those that this is to be the base model of."""
     if name in BUNDLED:
         if not BUNDLED[name].is_dir():
             raise CheckpointError(f"{name}: the bundled checkpoint is not installed ({BUNDLED[name]} is missing).")
         name = str(BUNDLED[name])
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name}: no such folder.")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with _errors_of(name):
+        adapter = find_adapter_config_file(name)
+    # A folder with both is a whole model, which Transformers loads with its adapter.
+    if adapter is not None and not os.path.isfile(os.path.join(name, "config.json")):
+        return _load_adapter(name, Path(adapter), adapters)
+    with _errors_of(name):
         model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if model_type is None:
             raise CheckpointError(f"{name}: no checkpoint (it has no config.json that names a model_type).")
@@ -64,6 +80,63 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, 
         model, info = model_class.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    _check_keys(name, {kind: info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.vocab_size}."
+        )
+    return model.eval(), tokenizer
+
+
+def _load_adapter(name: str, file: Path, above: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
+    """An adapter's base model with the adapter merged into it; `file` is its config, `above` what is based on it."""
+    try:
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    except ImportError as error:
+        raise MissingExtraError(f"{name}: an adapter; it needs PEFT: pip install 'sage-music[peft]'.") from error
+    from .lora import merge_lora
+
+    with _errors_of(name):
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    remedy = f"Set base_model_name_or_path in {file} to the base model: {', '.join(BUNDLED)}, a folder or a Hub name."
+    if not base or base in (name, *above):
+        raise CheckpointError(f"{name}: an adapter that names {'itself as its' if base else 'no'} base model. {remedy}")
+    try:
+        model, tokenizer = _load(base, (name, *above))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: an adapter whose base model does not load: {error} {remedy}") from error
+    with _errors_of(name):
+        adapted = PeftModel(model, PeftConfig.from_pretrained(name))
+        weights = load_peft_weights(name, device=str(model.device))
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        kinds = {
+            "missing_keys": expected.keys() - weights.keys(),
+            "unexpected_keys": weights.keys() - expected.keys(),
+            "mismatched_keys": [
+                key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape
+            ],
+        }
+        _check_keys(f"{name} (an adapter of {base})", kinds)
+        set_peft_model_state_dict(adapted, weights)
+        model = merge_lora(adapted)
+        # An adapter of this model is one of it with the adapter, not of the bare base.
+        model.name_or_path = model.config.name_or_path = name
+        if cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+            own = type(tokenizer).from_pretrained(name)
+            if own.get_vocab() != tokenizer.get_vocab():
+                raise CheckpointError(f"{name}: the adapter's tokenizer has another vocabulary than that of {base}.")
+            tokenizer = own
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _errors_of(name: str):
+    """Transformers is silent inside, and whatever goes wrong a `CheckpointError`."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # Transformers, safetensors and the Hub raise a dozen kinds; all mean the same here
@@ -73,14 +146,11 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, 
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(
-                sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in info[kind])[:3]
-            )
+
+
+def _check_keys(name: str, kinds: dict) -> None:
+    """Refuse weights that lack a tensor, have one too many, or one of another shape."""
+    for kind, keys in kinds.items():
+        if keys:
+            names = ", ".join(sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in keys)[:3])
             raise CheckpointError(f"{name}: the weights have {kind.replace('_', ' ')}: {names}.")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.vocab_size}."
-        )
-    return model.eval(), tokenizer

@@ -1,4 +1,4 @@
-"""The `sage-music` command: generate, continue, stream, render, info, evaluate, experiment, bench.
+"""The `sage-music` command: generate, continue, stream, render, info, train, prepare, evaluate, experiment, bench.
 
 Results go to stdout (`--json`: one JSON object), progress and remarks to stderr. A wrong argument or input ends with
 one line on stderr and exit code 2; a reader of stdout that closes it ends the command quietly.
@@ -25,6 +25,8 @@ from .experiments import run_command as experiment
 from .experiments.study import StudyError
 from .midi import InvalidMidiError, describe, read_score, write_midi
 from .notes import instrument_name
+from .prepare import add_arguments as add_preparation
+from .prepare import run as prepare
 from .render import MissingExtraError, render_piano_roll, render_wav
 
 # Ways to decode faster: int8 weights, a compiled step, drafted tokens.
@@ -146,6 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder to write to (default: beside the file)")
 
     add_model(command("info", run_info, "Describe a checkpoint: size, vocabulary, attention, cache."))
+
+    text = "Fine-tune a checkpoint, or train a new model, on MIDI files."
+    sub = commands.add_parser("train", help=text, add_help=False, allow_abbrev=False)
+    sub.set_defaults(run=run_train, json=False)
+
+    text = "Turn MIDI files into tokens: kept for training, or written as Parquet shards."
+    add_preparation(command("prepare", prepare, text))
 
     add_evaluation(command("evaluate", evaluate, "Score checkpoints and folders of MIDI files against human music."))
 
@@ -388,6 +397,21 @@ def _latency_lines(report: dict) -> list[str]:
     return lines
 
 
+def run_train(argv: list[str]) -> int:
+    """`sage-music train`, which has a parser of its own; returns the exit code."""
+    try:
+        from .train.command import main as train
+    except ImportError as error:
+        if error.name in ("accelerate", "datasets"):
+            print(f"sage-music: error: {error.name} is missing: pip install 'sage-music[train]'", file=sys.stderr)
+            return 2
+        raise
+    try:
+        return train(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
 def run_render(args) -> dict:
     score = read_score(args.file)
     folder = args.out or args.file.parent
@@ -555,9 +579,14 @@ def _set_threads(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a wrong argument or input, 130 when interrupted."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.run is run_train:  # its options are those of `TrainingArguments` too, which are slow to import
+        return run_train(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         with warnings.catch_warnings():  # put back on leaving: `main` is also called from Python
             warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)

@@ -13,7 +13,7 @@ from .generation_perceivers import (
     PerformanceGrammarLogitsProcessor,
 )
 from .modeling_perceivers import PerceiverSForCausalLM, PerceiverSModel, PerceiverSPreTrainedModel
-from .segmentation import SegmentCollator, SegmentDataset, SequentialDataset
+from .segmentation import SegmentCollator, SegmentDataset, SegmentStream, SequentialDataset
 from .tokenization_perceivers import PerceiverSTokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "perceivers-6m"
@@ -40,5 +40,6 @@ __all__ = [
     "PerformanceGrammarLogitsProcessor",
     "SegmentCollator",
     "SegmentDataset",
+    "SegmentStream",
     "SequentialDataset",
 ]

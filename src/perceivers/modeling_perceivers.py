@@ -125,7 +125,8 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
 
         context = Context(inputs_embeds)
-        if input_ids is not None and self.embed_positions is None:
+        # An adapter around the embedding has other vectors than its weight's rows.
+        if input_ids is not None and self.embed_positions is None and not hasattr(self.embed_tokens, "base_layer"):
             context = Context(inputs_embeds, input_ids, self.embed_tokens.weight)
         if past_key_values is not None:
             states = self._extend(context, position_ids, valid, past_key_values, outputs_to_keep, **kwargs)

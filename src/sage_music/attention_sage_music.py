@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_sage_music import HIDDEN, AttributeRoute
@@ -22,6 +23,9 @@ from .configuration_sage_music import SageMusicConfig
 
 # Queries scored at a time in a prefill or training pass: a block reads only the rows stored up to its last token.
 QUERY_BLOCK = 512
+# The same where a row holds several sequences: a block begins to read where its first token's sequence begins, and the
+# shorter the block, the less it reads of sequences that are over.
+PACKED_BLOCK = 256
 # Up to so many tokens at a time a decode step saves operations rather than arithmetic.
 FEW_TOKENS = 16
 
@@ -58,11 +62,13 @@ class AttributePlan:
         order, sizes: tokens of the flattened batch sorted by attribute, and how many each attribute has, so that each
             token is projected once; `None` for a few tokens and under `torch.compile`.
         route: rows of new tokens in a compacted cache that already holds some; `None` without one.
-        gather: (B, A, S) prefill: positions of each attribute's tokens; rows past their number point anywhere.
-        blocks: prefill: per block of queries its slice, the number of rows it may see, their visibility
+        gather: (B, A, S) prefill: positions of each attribute's tokens; rows past their number point anywhere. For
+            packed rows, what each block reads, block after block.
+        blocks: prefill: per block of queries its slice, the slice of the rows it may see, their visibility
             (B, A, T_block, rows), and whether a token must read itself separately, (B, A, T_block), because the
             attribute's rows do not hold it. `None` where `mask` is used instead.
         mask: the mask of the attention interface.
+        varlen: what tells FlashAttention, which takes no such mask, where packed sequences begin.
     """
 
     attribute_ids: torch.Tensor | None
@@ -71,8 +77,9 @@ class AttributePlan:
     sizes: list[int] | None = None
     route: AttributeRoute | None = None
     gather: torch.Tensor | None = None
-    blocks: list[tuple[slice, int, torch.Tensor, torch.Tensor]] | None = None
+    blocks: list[tuple[slice, slice, torch.Tensor, torch.Tensor]] | None = None
     mask: torch.Tensor | None = None
+    varlen: dict = field(default_factory=dict)
     _biases: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict)
 
     def biases(self, dtype: torch.dtype, kv_heads: int) -> list[torch.Tensor]:
@@ -85,13 +92,56 @@ class AttributePlan:
         return self._biases[dtype]
 
 
-def plan_prefill(config, plan: AttributePlan, codes: torch.Tensor, dtype: torch.dtype, keep: bool) -> None:
+def packed_sequences(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """(B or 1, T) which sequence of its row each token belongs to, or `None` where every row is one sequence.
+
+    Transformers' convention: without an `attention_mask`, a step of `position_ids` (B or 1, T) other than +1 begins a
+    new sequence. `torch.compile` cannot ask for the values, so there the answer is never `None` without a mask.
+
+    Raises:
+        ValueError: positions restart between two tokens that `attention_mask` (B, tokens) shows.
+    """
+    if attention_mask is None:
+        return find_packed_sequence_indices(position_ids)
+    length = position_ids.shape[1]
+    if attention_mask.ndim == 2 and length > 1 and not torch.compiler.is_compiling():
+        shown = attention_mask[:, -length:] != 0
+        if ((position_ids.diff(dim=-1) <= 0) & shown[:, 1:] & shown[:, :-1]).any():
+            raise ValueError(
+                "position_ids restart in the middle of a row, so it holds several sequences: pass such rows without "
+                "attention_mask (padding at a row's end is one more sequence, with labels of -100)."
+            )
+    return None
+
+
+def sequence_starts(sequences: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: which tokens are the first of their sequence, of the numbers (B, T) of `packed_sequences`."""
+    return F.pad(sequences.diff(dim=-1) != 0, (1, 0), value=True)
+
+
+def varlen_arguments(sequences: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """What FlashAttention's interface takes for the sequences (B, T) of a batch, laid end to end."""
+    starts = sequence_starts(sequences).flatten()
+    ends = F.pad(starts.nonzero().flatten(), (0, 1), value=len(starts)).int()
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def plan_prefill(
+    config,
+    plan: AttributePlan,
+    codes: torch.Tensor,
+    dtype: torch.dtype,
+    keep: bool,
+    sequences: torch.Tensor | None = None,
+) -> None:
     """Fill in the rows and masks of a `kv_routing="head"` pass with nothing stored before it.
 
     Args:
         codes: (B, T) as for `SageMusicCache.route`.
         dtype: of the mask that the attention interface gets.
         keep: find the rows even where attention does not need them, because a cache will take them over.
+        sequences: (B, T) of `packed_sequences`: a token then reads only its own sequence. No cache takes such rows.
     """
     device, length = codes.device, codes.shape[1]
     implementation = config._attn_implementation
@@ -106,13 +156,16 @@ def plan_prefill(config, plan: AttributePlan, codes: torch.Tensor, dtype: torch.
         gather = counts.new_zeros(*counts.shape[:2], longest + 1)
         gather.scatter_(2, torch.where(members, counts - 1, longest), tokens.expand_as(counts))
         plan.gather = gather[..., :longest]
+    if compact and sequences is not None:
+        _plan_packed_blocks(plan, members, counts, sequences)
+        return
     if compact:
         plan.blocks = []
         for start in range(0, length, QUERY_BLOCK):
             part = slice(start, start + QUERY_BLOCK)
             rows = max(int(counts[..., part].max()), 1)
             visible = torch.arange(rows, device=device) < counts[:, :, part, None]
-            plan.blocks.append((part, rows, visible, ~members[:, :, part]))
+            plan.blocks.append((part, slice(rows), visible, ~members[:, :, part]))
         return
 
     sizes = config.query_heads_per_attribute
@@ -126,14 +179,43 @@ def plan_prefill(config, plan: AttributePlan, codes: torch.Tensor, dtype: torch.
         from torch.nn.attention.flex_attention import create_block_mask
 
         def reads(b, h, q, kv):
-            return ((kv <= q) & members[b, group_of[h], kv]) | (kv == q)
+            earlier = (kv <= q) & members[b, group_of[h], kv]
+            if sequences is not None:
+                earlier = earlier & (sequences[b, q] == sequences[b, kv])
+            return earlier | (kv == q)
 
         plan.mask = create_block_mask(reads, codes.shape[0], len(group_of), length, length, device=device)
     else:
         causal = tokens[:, None] >= tokens
+        if sequences is not None:
+            causal = (causal & (sequences[:, :, None] == sequences[:, None]))[:, None]
         visible = (members[:, :, None] & causal) | (tokens[:, None] == tokens)  # (B, A, T, T)
         bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         plan.mask = bias[:, group_of]
+
+
+def _plan_packed_blocks(plan, members, counts, sequences) -> None:
+    """`plan.gather` and `plan.blocks` of packed rows: a block reads from where its first token's sequence begins.
+
+    A sequence's tokens lie side by side in the rows of every attribute, from the number of rows before the sequence to
+    the number up to the token. members, counts (B, A, T): whose rows hold a token, and how many they are up to it.
+    """
+    length, device = sequences.shape[1], sequences.device
+    tokens = torch.arange(length, device=device)
+    start = torch.where(sequence_starts(sequences), tokens, 0).cummax(-1).values  # (B, T)
+    first = (counts - members.long()).gather(2, start[:, None].expand_as(counts))  # (B, A, T) rows before the sequence
+    begins = list(range(0, length, PACKED_BLOCK))
+    last = torch.tensor([*begins[1:], length], device=device) - 1
+    widths = (counts[..., last] - first[..., begins]).amax((0, 1)).clamp(min=1).tolist()
+    gathers, plan.blocks, stored = [], [], 0
+    for begin, width in zip(begins, widths, strict=True):
+        part = slice(begin, begin + PACKED_BLOCK)
+        rows = first[:, :, begin, None] + torch.arange(width, device=device)  # (B, A, width)
+        gathers.append(plan.gather.gather(2, rows.clamp(max=plan.gather.shape[2] - 1)))
+        visible = (rows[:, :, None] >= first[:, :, part, None]) & (rows[:, :, None] < counts[:, :, part, None])
+        plan.blocks.append((part, slice(stored, stored + width), visible, ~members[:, :, part]))
+        stored += width
+    plan.gather = torch.cat(gathers, dim=2)
 
 
 class SageMusicAttention(nn.Module):
@@ -192,7 +274,7 @@ class SageMusicAttention(nn.Module):
         else:
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, self.layer_idx)
-            output, weights = self._attend(query, key, value, plan.mask, **kwargs)
+            output, weights = self._attend(query, key, value, plan.mask, **{**plan.varlen, **kwargs})
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def project_kv(self, hidden_states: torch.Tensor, plan: AttributePlan) -> torch.Tensor:
@@ -269,7 +351,7 @@ class SageMusicAttention(nn.Module):
         for (part, rows, _, own), bias in zip(plan.blocks, biases, strict=True):
             if self.num_key_value_heads > 1:
                 own = own.repeat_interleave(self.num_key_value_heads, dim=1)
-            states = (key[:, :, :rows], value[:, :, :rows], own_key[:, :, part], own_value[:, :, part])
+            states = (key[:, :, rows], value[:, :, rows], own_key[:, :, part], own_value[:, :, part])
             heads = [
                 CompactAttention.apply(folded[:, :, group, part], *states, own, bias, self.scaling)
                 if fused
@@ -353,4 +435,4 @@ class _HeadFold:
         return output if self.even else output[:, self.put]
 
 
-__all__ = ["AttributePlan", "SageMusicAttention", "plan_prefill"]
+__all__ = ["AttributePlan", "SageMusicAttention", "packed_sequences", "plan_prefill", "varlen_arguments"]

@@ -24,6 +24,13 @@ def _is_heard(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def _is_own(module: nn.Module, model: nn.Module) -> bool:
+    """Whether this is a module of PyTorch's or of the model's own package, whose weights are what they seem: not one of
+    PEFT's around it, or a parametrized one, which compute other weights in their `forward`."""
+    package = type(module).__module__.rpartition(".")[0]
+    return package in ("torch.nn.modules", type(model).__module__.rpartition(".")[0])
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether this is an `nn.Linear` in float32, stored row by row, without a bias, and nobody listens to it."""
     return (
@@ -144,7 +151,8 @@ class DecodeStep:
     @classmethod
     def of(cls, model: nn.Module, old: "DecodeStep | None", compile_options: dict | None) -> "DecodeStep | None":
         """The step for a `SageMusicModel`: `old` where it still fits, since compiling takes seconds; `None` where the
-        model has to run by its modules (another routing, attention, device or half precision; hooks on whole layers).
+        model has to run by its modules (another routing, attention, device or half precision; hooks on whole layers, or
+        adapters around more than linear layers: PEFT's around `kv_weight` are around the whole attention).
         """
         config = model.config
         if config.kv_routing != "head" or config._attn_implementation != "sdpa" or model.device.type != "cpu":
@@ -154,7 +162,7 @@ class DecodeStep:
         wholes = [model, model.embed_tokens, model.norm, model.rotary_emb]
         for layer in model.layers:
             wholes += [layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
-        if any(map(_is_heard, wholes)):
+        if any(_is_heard(module) or not _is_own(module, model) for module in wholes):
             return None
         if old is not None and old.compile_options == compile_options and old.signature == cls.sign(model):
             for product in old.products:

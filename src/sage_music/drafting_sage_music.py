@@ -63,6 +63,7 @@ class SageMusicDraftHead(nn.Module):
         logits: torch.Tensor,
         model: nn.Module,
         num_items_in_batch: torch.Tensor | int | None = None,
+        sequences: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Mean cross-entropy of the guesses against the model's own distributions, in nats per guessed token.
 
@@ -71,11 +72,13 @@ class SageMusicDraftHead(nn.Module):
 
         Args:
             hidden_states: (B, T, d) after the final norm.
-            input_ids, labels: (B, T); positions whose following labels hold -100 are left out.
+            input_ids, labels: (B, T); guesses of and after a token whose label is -100 are left out.
             logits: (B, T, V) of the model at these positions.
             model: the language model, for its embeddings and its head.
             num_items_in_batch: labels in all batches of an optimiser step, as `Trainer` passes it; the mean is then
                 weighted by this batch's share of them.
+            sequences: (B or 1, T) which sequence of a packed row each token belongs to: the head neither reads nor
+                guesses beyond its own.
         """
         hidden_states, logits = hidden_states.detach(), logits.detach()
         batch, length = input_ids.shape
@@ -86,13 +89,21 @@ class SageMusicDraftHead(nn.Module):
         shape = (max(1, round(TRAINED_SHARE * batch * positions)),)
         rows = torch.randint(batch, shape, device=labels.device)
         columns = torch.randint(positions, shape, device=labels.device)
-        padded = F.pad(hidden_states, (0, 0, HISTORY, 0))
-        state = self.start(padded[rows[:, None], columns[:, None] + torch.arange(HISTORY + 1, device=rows.device)])
+        window = columns[:, None] + torch.arange(HISTORY + 1, device=rows.device)
+        states = F.pad(hidden_states, (0, 0, HISTORY, 0))[rows[:, None], window]
+        if sequences is not None:
+            sequences = sequences.expand(batch, -1)
+            own = sequences[rows, columns]
+            before = F.pad(sequences, (HISTORY, 0), value=-1)[rows[:, None], window]
+            states = states.masked_fill((before != own[:, None])[..., None], 0.0)
+        state = self.start(states)
         embeddings = model.get_input_embeddings().weight.detach()
         read = model.get_output_embeddings().weight.detach()
         loss, kept = 0.0, torch.ones_like(rows, dtype=torch.bool)
         for i in range(1, self.steps + 1):
-            kept = kept & music[rows, columns + i]
+            kept = kept & music[rows, columns + i] & music[rows, columns + i + 1]
+            if sequences is not None:
+                kept = kept & (sequences[rows, columns + i + 1] == own)
             state = self.step(state, F.embedding(input_ids[rows, columns + i], embeddings))
             guesses = F.linear(self.norm(state), read).float()
             target = logits[rows, columns + i].float().softmax(-1)

@@ -18,10 +18,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_sage_music import FEW_TOKENS, AttributePlan, SageMusicAttention, plan_prefill
+from .attention_sage_music import (
+    FEW_TOKENS,
+    AttributePlan,
+    SageMusicAttention,
+    packed_sequences,
+    plan_prefill,
+    varlen_arguments,
+)
 from .cache_sage_music import SageMusicCache
 from .configuration_sage_music import SageMusicConfig
 from .decoding_sage_music import DecodeStep
@@ -196,14 +203,18 @@ class SageMusicModel(SageMusicPreTrainedModel):
         Args:
             input_ids: (B, T), or `inputs_embeds` (B, T, hidden_size) with `attribute_ids`.
             attention_mask: (B, tokens seen + T), 0 for padding on the left.
-            position_ids: (B, T), counted from the first token that is not padding by default.
+            position_ids: (B, T), counted from the first token that is not padding by default. With neither
+                attention_mask nor cache, a step other than +1 begins another sequence of a packed row, as everywhere in
+                Transformers: a token reads its own sequence alone, with that sequence's BOS, and every sequence gets
+                what it would get alone. No cache is made of packed rows (under `torch.compile`, which does not know
+                their values, of no position_ids that come with neither).
             attribute_ids: (B, T) attribute of each token, plus `config.num_attributes` for tokens that every head group
                 reads (BOS). With `input_ids` they come from `config.token_attribute_ids`, and these are not read:
                 `generate()` goes on passing those of the embedded prompt.
 
         Raises:
             ValueError: ids outside the vocabulary, `inputs_embeds` without `attribute_ids`, a cache of another kind,
-                or a mask that is not 2D under `kv_routing="head"`.
+                a mask that is not 2D under `kv_routing="head"`, or packed rows with an attention_mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -212,13 +223,18 @@ class SageMusicModel(SageMusicPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
 
-        if use_cache and past_key_values is None:
+        sequences = None
+        if position_ids is not None and past_key_values is None:
+            sequences = packed_sequences(position_ids, attention_mask)
+        if use_cache and past_key_values is None and sequences is None:
             past_key_values = SageMusicCache(self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = self._positions(attention_mask, seen, length, inputs_embeds.device)
 
-        plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        plan = self._plan(
+            input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values, sequences
+        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -243,9 +259,13 @@ class SageMusicModel(SageMusicPreTrainedModel):
                     f"input_ids run from {int(low)} to {int(high)}, outside the vocabulary of {self.config.vocab_size}."
                 )
 
-    def _plan(self, input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past) -> AttributePlan:
+    def _plan(
+        self, input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past, sequences=None
+    ) -> AttributePlan:
         config = self.config
         length = inputs_embeds.shape[1]
+        if sequences is not None:
+            sequences = sequences.expand(inputs_embeds.shape[:2])
         codes = None
         if config.kv_routing != "none":
             if input_ids is not None:
@@ -272,8 +292,11 @@ class SageMusicModel(SageMusicPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past,
-                position_ids=position_ids,
+                # Only of packed rows: compiled, it would look for several sequences in any.
+                position_ids=None if sequences is None else position_ids,
             )
+            if sequences is not None and is_flash_attention_requested(config):
+                plan.varlen = varlen_arguments(sequences)
             return plan
 
         if past is not None and not hasattr(past, "route"):
@@ -288,7 +311,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
         if past is not None and (past.lengths is not None or length == 1 or torch.compiler.is_compiling()):
             plan.route = past.route(codes)
             return plan
-        plan_prefill(config, plan, codes, inputs_embeds.dtype, keep=past is not None)
+        plan_prefill(config, plan, codes, inputs_embeds.dtype, past is not None, sequences)
         if past is not None:
             past.remember_prefill(codes)
         return plan
@@ -324,7 +347,8 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         return_last_hidden_state: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As `SageMusicModel.forward`, with `labels` (B, T) for the shifted loss in nats per token (-100: ignored).
+        """As `SageMusicModel.forward`, with `labels` (B, T) for the shifted loss in nats per token (-100: ignored; in a
+        packed row every sequence's first label should be).
 
         Returns logits (B, T or `logits_to_keep`, vocab_size). With `return_last_hidden_state`, which drafting asks for,
         `hidden_states` holds the last ones (B, T, hidden_size), after the final norm.
@@ -350,8 +374,17 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.draft is not None and self.training and input_ids is not None:
+                sequences = None
+                if position_ids is not None and past_key_values is None:
+                    sequences = packed_sequences(position_ids, attention_mask)
                 loss = loss + self.draft.loss(
-                    outputs.last_hidden_state, input_ids, labels, logits, self, kwargs.get("num_items_in_batch")
+                    outputs.last_hidden_state,
+                    input_ids,
+                    labels,
+                    logits,
+                    self,
+                    kwargs.get("num_items_in_batch"),
+                    sequences,
                 )
         return CausalLMOutputWithPast(
             loss=loss,

@@ -9,7 +9,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LogitsProcessor
 from transformers.generation import utils
 
-from sage_music import PRETRAINED, BarCountCriteria, DraftCandidateGenerator, SageMusicConfig, SageMusicForCausalLM
+from sage_music import (
+    PRETRAINED,
+    BarCountCriteria,
+    DraftCandidateGenerator,
+    SageMusicConfig,
+    SageMusicForCausalLM,
+    drafting_sage_music,
+)
 
 GREEDY = {"do_sample": False, "max_new_tokens": 120}
 DRAFT = {"use_mtp": True, "assistant_confidence_threshold": 0.0}
@@ -157,6 +164,45 @@ def test_the_loss_reaches_the_head_alone(tokenizer, prompts):
     model.zero_grad()
     model(prompts, labels=labels).loss.backward()
     assert not any(p.grad.any() for p in model.draft.parameters())
+
+
+def test_the_head_neither_reads_nor_guesses_beyond_a_packed_piece(tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(drafting_sage_music, "TRAINED_SHARE", 3.0)  # every position, several times
+    model = tiny_model(tokenizer, num_mtp_layers=3, initializer_range=0.1).double().train()
+    end, length = 50, prompts.shape[1]
+    sequences = (torch.arange(length) >= end).long()[None]
+
+    def random(*shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    states, logits = random(2, length, model.config.hidden_size), random(2, length, model.config.vocab_size)
+
+    def loss(states, logits, labels, **options):
+        torch.manual_seed(0)
+        return model.draft.loss(states, prompts, labels, logits, model, **options)
+
+    beyond = logits.clone()
+    beyond[:, end - 1] = beyond[:, end]  # what the model says after a piece's last token: nothing that it learned
+    expected = loss(states, logits, prompts, sequences=sequences)
+    assert torch.equal(loss(states, beyond, prompts, sequences=sequences), expected)
+    assert not torch.equal(loss(states, beyond, prompts), loss(states, logits, prompts))
+
+    labels, others = prompts.clone(), states.clone()
+    labels[:, : end + 1] = -100  # only the second piece is trained
+    others[:, :end] += 1
+    expected = loss(states, logits, labels, sequences=sequences)
+    assert torch.equal(loss(others, logits, labels, sequences=sequences), expected)
+    assert not torch.equal(loss(others, logits, labels), expected)
+
+
+def test_the_model_tells_the_head_where_packed_pieces_begin(tokenizer, prompts, monkeypatch):
+    model = tiny_model(tokenizer, num_mtp_layers=3).train()
+    seen = []
+    monkeypatch.setattr(model.draft, "loss", lambda *arguments: seen.append(arguments[-1]) or torch.zeros(()))
+    positions = torch.cat([torch.arange(50), torch.arange(70)]).expand(2, -1)
+    for options in ({"position_ids": positions}, {"position_ids": torch.arange(120)[None]}, {}):
+        model(prompts, labels=prompts, **options)
+    assert seen[0].tolist() == 2 * [50 * [0] + 70 * [1]] and seen[1:] == [None, None]
 
 
 def test_without_a_head_the_error_says_how_to_get_one(tokenizer, prompts, tmp_path):

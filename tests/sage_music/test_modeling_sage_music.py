@@ -94,12 +94,15 @@ def test_compiled_training_step_has_no_graph_break(tokenizer, prompts):
 
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    model = tiny_model(tokenizer, "head", initializer_range=0.1)
+    model = tiny_model(tokenizer, "head", initializer_range=0.1, num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True)
     losses = [run(prompts, labels=prompts, use_cache=False).loss for run in (compiled, model)]
     torch.testing.assert_close(*losses)
     losses[0].backward()
     assert model.model.layers[0].self_attn.kv_weight.grad.abs().sum() > 0
+    positions = torch.cat([torch.arange(50), torch.arange(70)]).expand(2, -1)  # packed rows
+    losses = [run(prompts, labels=prompts, position_ids=positions).loss for run in (compiled, model)]
+    torch.testing.assert_close(*losses)
 
 
 def test_auto_classes_load_a_saved_model(tokenizer, prompts, tmp_path):

@@ -30,7 +30,6 @@ Train one with `python -m notekit.experiments.compound`, with the options of `py
 Shapes: B batch, T compounds, F = 8 fields, V values of all fields together.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -42,13 +41,16 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, TrainingArguments
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from notekit.train import SHAPE, Parts, main, read_pieces
+from notekit.train.arguments import DataArguments, ModelArguments
+from notekit.train.command import main
+from notekit.train.families import BLOCK_SIZE, Parts, config_changes, new_fields, read_pieces
 from sage_music import SageMusicTokenizer
+from sage_music.augmentation import SageMusicAugmentation
 from sage_music.data import BlockDataset
 
 # The fields, in the order in which the tokenizer writes their tokens, and the token types of each.
@@ -263,20 +265,29 @@ class CompoundMusicForCausalLM(LlamaPreTrainedModel):
 class CompoundBlockDataset(Dataset):
     """The blocks of a `BlockDataset`, cropped and transposed there, as compounds: a step sees the same music.
 
-    A block's last compound is left out, as the block may end inside it; of EOS nothing can be missing.
+    A block's last compound is left out, as the block may end inside it; of EOS nothing can be missing. Pieces in a
+    block do not see each other: their `position_ids` begin anew.
 
-    Items: `input_ids` and `labels`, each (n, 8) int64, n differing; `collate` pads them.
+    Items: `input_ids` and `labels`, each (n, 8) int64, `position_ids` (n,), n differing; `collate` pads them.
     """
 
-    def __init__(self, blocks: BlockDataset):
-        self.blocks, self.tokens = blocks, CompoundTokens(blocks.tokenizer)
+    def __init__(self, blocks: BlockDataset, tokenizer: SageMusicTokenizer):
+        self.blocks, self.tokens = blocks, CompoundTokens(tokenizer)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         compounds = self.tokens.compounds(self.blocks[index]["input_ids"].numpy())
-        return _item(self.tokens, compounds if compounds[-1, STRUCTURE] == EOS else compounds[:-1])
+        compounds = compounds if compounds[-1, STRUCTURE] == EOS else compounds[:-1]
+        item, begins = _item(self.tokens, compounds), compounds[:, STRUCTURE] == BOS
+        item["labels"][torch.from_numpy(begins)] = -100  # that another piece follows is no music
+        starts = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+        return {**item, "position_ids": torch.from_numpy(np.arange(len(begins)) - starts)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Crops and order of that epoch."""
+        self.blocks.set_epoch(epoch)
 
 
 class CompoundWindowDataset(Dataset):
@@ -326,42 +337,42 @@ def _item(tokens: CompoundTokens, compounds: np.ndarray) -> dict[str, torch.Tens
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch (B, T, 8) of compounds, padded on the right with nothings and labels of -100."""
-    padding = {"input_ids": 0, "labels": -100}
     return {
-        name: pad_sequence([item[name] for item in items], batch_first=True, padding_value=value)
-        for name, value in padding.items()
+        name: pad_sequence(
+            [item[name] for item in items], batch_first=True, padding_value=-100 if name == "labels" else 0
+        )
+        for name in items[0]
     }
 
 
-def compound_parts(args: argparse.Namespace) -> Parts:
+def compound_parts(options: ModelArguments, data: DataArguments, args: TrainingArguments) -> Parts:
     """What training needs of a compound model, from the options of `notekit.train` for SAGE-Music.
 
-    `--block-size` and `--context` count flat tokens. Nats of a batch come from the model's own `sum_of_nats`.
+    `--model` is a compound checkpoint, or a .json file with fields of `CompoundMusicConfig`; fields of other models in
+    it are passed over. `--block_size` and `max_position_embeddings` count flat tokens. Nats of a batch come from the
+    model's own `sum_of_nats`.
 
     Raises:
         ValueError: an option that compound models do not have.
     """
-    if args.kv_routing not in (None, "none") or args.draft_tokens is not None:
-        raise ValueError("a compound model has neither attribute heads (--kv-routing) nor a draft head.")
-    source = args.tokenizer or args.init_from
-    if source:
-        tokenizer = SageMusicTokenizer.from_pretrained(source)
-    else:
-        options = {"beat_resolution": args.beat_resolution, "num_velocities": args.num_velocities}
-        given = {name: value for name, value in options.items() if value is not None}
-        tokenizer = SageMusicTokenizer(program_changes=not args.program_every_note, **given)
-    known = {field.name for field in fields(CompoundMusicConfig)}
-    shape = {to: getattr(args, name) for name, to in SHAPE.items() if to in known and getattr(args, name) is not None}
-    if args.init_from:
-        context = {name: size for name, size in shape.items() if name == "max_position_embeddings"}
-        model = CompoundMusicForCausalLM.from_pretrained(args.init_from, **context)
-    else:
+    changes, is_new = config_changes(options), options.model.endswith(".json")
+    fields_given = {**(new_fields(options.model) if is_new else {}), **changes}
+    if fields_given.get("kv_routing", "none") != "none" or options.draft_tokens is not None:
+        raise ValueError("a compound model has neither attribute heads (kv_routing) nor a draft head.")
+    source = options.tokenizer or (None if is_new else options.model)
+    tokenizer = SageMusicTokenizer.from_pretrained(source) if source else SageMusicTokenizer()
+    if is_new:
+        known = {field.name for field in fields(CompoundMusicConfig)}
+        shape = {name: value for name, value in fields_given.items() if name in known and name != "model_type"}
         model = CompoundMusicForCausalLM(CompoundMusicConfig(**CompoundTokens(tokenizer).config_fields(), **shape))
-    pieces, held_out = read_pieces(args, tokenizer)
-    train = None
-    if args.steps:
-        train = CompoundBlockDataset(BlockDataset(pieces, tokenizer, args.block_size, args.transpose))
-    return tokenizer, model, train, CompoundWindowDataset(held_out, tokenizer, args.block_size), collate
+    else:
+        model = CompoundMusicForCausalLM.from_pretrained(options.model, **changes)
+    pieces, held_out, found = read_pieces(data, tokenizer, args)
+    size = data.block_size or BLOCK_SIZE
+    augment = SageMusicAugmentation(tokenizer, data.transpose) if data.transpose else None
+    blocks = BlockDataset(pieces, tokenizer, size, augment, args.seed, pieces.lengths)
+    windows = CompoundWindowDataset(held_out, tokenizer, size)
+    return Parts(tokenizer, model, CompoundBlockDataset(blocks, tokenizer), windows, collate, found)
 
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Training of a study's runs: a process of one thread each, a corpus tokenized once, finished runs never repeated."""
 
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,36 @@ from notekit.corpus import encode_files, split_files
 from sage_music import SageMusicTokenizer
 
 from .study import CORPORA, Run, StudyError
+
+# A study's options and what they are called: fields of the config, and arguments of training.
+CONFIG = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "context": "max_position_embeddings",
+    "kv_routing": "kv_routing",
+    "num_key_value_heads": "num_key_value_heads",
+    "num_latents": "num_latents",
+    "cross_scales": "cross_scales",
+    "scale_mask": "scale_mask",
+}
+TRAINING = {
+    "steps": ("max_steps",),
+    "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size"),
+    "warmup": ("warmup_steps",),
+    "eval_every": ("eval_steps", "save_steps"),
+    "learning_rate": ("learning_rate",),
+    "bf16": ("bf16",),
+    "eval_pieces": ("eval_pieces",),
+    "block_size": ("block_size",),
+    "segmentation": ("segmentation",),
+    "position_uniform": ("position_uniform",),
+}
+# What all runs of all studies share, and what a family's have where a study says nothing.
+RECIPE = "--learning_rate 2e-3 --lr_scheduler_type warmup_stable_decay --gradient_accumulation_steps 1".split()
+RECIPE += "--logging_steps 50 --sample_steps 0 --report_to none --disable_tqdm true".split()
+DEFAULTS = {"perceivers": {"context": 8192, "position_uniform": False}}
 
 # Files a BPE vocabulary is learned from.
 BPE_FILES = 400
@@ -55,24 +86,25 @@ def train(run: Run, data: Path, cache: Path) -> None:
 
 
 def arguments(run: Run, data: Path, cache: Path) -> list[str]:
-    """Arguments of `python -m notekit.train` for a run."""
+    """Arguments of `python -m notekit.train` for a run; writes its `config.json`, the new model's config."""
     folder, licences = CORPORA[run.corpus]
-    options = {key: value for key, value in run.options.items() if key != "bpe"}
-    found = ["--data", str(data / folder), "--out", str(run.folder), "--cache", str(cache), "--seed", str(run.seed)]
+    options = {**DEFAULTS.get(run.options.get("family", ""), {}), **run.options}
+    # A compound model's config is its own trainer's; PerceiverS says its family, SAGE-Music is what is left.
+    fields = {"model_type": options.get("family", "sage_music")}
+    fields |= {to: options[name] for name, to in CONFIG.items() if options.get(name) is not None}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    found = ["--data", str(data / folder), "--output", str(run.folder), "--model", str(run.folder / "config.json")]
+    found += ["--cache", str(cache), "--seed", str(run.seed), *RECIPE]
     if licences is not None and (data / "metadata.csv").is_file():
         found += ["--metadata", str(data / "metadata.csv"), "--licences", *licences]
-    if run.options.get("bpe"):
+    if options.get("bpe"):
         found += ["--tokenizer", str(bpe_folder(run, cache))]
-    for name, value in options.items():
-        if value is True:
-            found.append(f"--{name.replace('_', '-')}")
-        elif value is not None:
-            found += [f"--{name.replace('_', '-')}", *(map(_text, value) if isinstance(value, tuple) else [str(value)])]
+    for name, names in TRAINING.items():
+        if options.get(name) is not None:
+            found += [text for flag in names for text in (f"--{flag}", str(options[name]))]
+    found += ["--lr_scheduler_kwargs", json.dumps({"num_decay_steps": options["steps"] // 4})]
     return found
-
-
-def _text(value) -> str:
-    return "none" if value is None else str(value)
 
 
 def bpe_folder(run: Run, cache: Path) -> Path:

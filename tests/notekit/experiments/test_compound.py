@@ -26,8 +26,10 @@ from notekit.experiments.compound import (
     compound_parts,
 )
 from notekit.experiments.compound_generation import CompoundWriter, continue_score_compound
-from notekit.train import build_parser, main
+from notekit.train.arguments import parse
+from notekit.train.command import main
 from sage_music import MidiGrammarLogitsProcessor, NoDoubledNotesLogitsProcessor, SageMusicConfig, SageMusicTokenizer
+from sage_music.augmentation import SageMusicAugmentation
 from sage_music.data import BlockDataset, WindowDataset
 
 N = -100
@@ -346,16 +348,16 @@ def test_meters_and_empty_bars_of_the_prompt(plain):
 def test_blocks_and_windows_hold_the_flat_models_music(plain):
     tokenizer = plain.tokenizer
     pieces = pieces_of(tokenizer)
-    blocks = BlockDataset(pieces, tokenizer, 128, transpose=3)
-    torch.manual_seed(0)
+    blocks = BlockDataset(pieces, tokenizer, 128, SageMusicAugmentation(tokenizer, 3))
     flat = [blocks[i]["input_ids"].tolist() for i in range(len(blocks))]
-    torch.manual_seed(0)
-    compound = CompoundBlockDataset(blocks)
+    compound = CompoundBlockDataset(blocks, tokenizer)
     for i, ids in enumerate(flat):
         item = compound[i]
         found = plain.ids(item["input_ids"].numpy())
         assert ids[: len(found)] == found and 0 <= len(ids) - len(found) <= 8
-        assert np.array_equal(item["labels"], plain.labels(item["input_ids"].numpy()))
+        begins = item["input_ids"][:, 0] == BOS
+        assert np.array_equal(item["labels"][~begins], plain.labels(item["input_ids"].numpy())[~begins])
+        assert (item["labels"][begins] == -100).all() and torch.equal(item["position_ids"] == 0, begins)
     windows, expected = CompoundWindowDataset(pieces, tokenizer, 128), WindowDataset(pieces, tokenizer, 128)
     assert (windows.num_tokens, windows.num_notes) == (expected.num_tokens, expected.num_notes)
     body = [plain.ids(windows[i]["input_ids"][1:].numpy()) for i in range(len(windows))]
@@ -368,9 +370,17 @@ def test_training_lowers_the_loss_and_is_kept(tmp_path):
         folder = tmp_path / "data" / ("validation" if seed == 4 else "train")
         folder.mkdir(parents=True, exist_ok=True)
         band(bars=6, seed=seed).dump_midi(folder / f"{seed}.mid")
-    shape = "--hidden-size 32 --intermediate-size 48 --layers 1 --heads 4 --block-size 128 --context 1024".split()
-    command = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *shape]
-    tokenizer, model, train, evaluation, collator = compound_parts(build_parser().parse_args(command))[:5]
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"max_position_embeddings": 1024, "kv_routing": "none"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    data = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--block_size", "128"]
+    command = [*data, "--output", str(tmp_path / "out"), "--model", str(tmp_path / "config.json")]
+
+    def parts_of(command):
+        model, data, _, args = parse(command, lambda model: "")
+        return compound_parts(model, data, args)
+
+    tokenizer, model, train, evaluation, collator = parts_of(command)[:5]
     assert (model.config.hidden_size, model.config.num_attention_heads, model.config.num_key_value_heads) == (32, 4, 4)
     trainer = Trainer(
         model,
@@ -405,21 +415,20 @@ def test_training_lowers_the_loss_and_is_kept(tmp_path):
     assert float(nats) / evaluation.num_notes == pytest.approx(after, rel=1e-4)
     piece = continue_score_compound(again, SageMusicTokenizer.from_pretrained(tmp_path / "best"), band(4), 2, 2, seed=0)
     assert piece.bars == 2
-    parts = compound_parts(
-        build_parser().parse_args([*command, "--init-from", str(tmp_path / "best"), "--steps", "0", "--context", "128"])
-    )
-    assert parts[1].config.max_position_embeddings == 128 and parts[2] is None
+    trained = ["--model", str(tmp_path / "best"), "--config", "max_position_embeddings=128"]
+    parts = parts_of([*command[:-2], *trained])
+    assert parts[1].config.max_position_embeddings == 128
     assert torch.equal(parts[1].lm_head.weight, again.lm_head.weight)
     # What a study calls: the command, which reports in nats per note, and whose folder is complete.
-    small = ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--eval-every", "2", "--learning-rate", "0.01"]
+    small = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 0.01 --report_to none".split()
     assert main([*command, *small], parts=compound_parts) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["steps"] == 2 and after < report["eval_nats_per_note"] < before + 1
     assert continue_score_compound(
         CompoundMusicForCausalLM.from_pretrained(tmp_path / "out" / "best"), tokenizer, band(4), 2, 1, seed=0
     ).bars
-    with pytest.raises(ValueError, match="kv-routing"):
-        compound_parts(build_parser().parse_args([*command, "--kv-routing", "head"]))
+    with pytest.raises(ValueError, match="kv_routing"):
+        parts_of([*command, "--config", "kv_routing=head"])
 
 
 def test_a_field_is_a_tokenizer_type():

@@ -8,6 +8,7 @@ import pytest
 from conftest import band
 from symusic import Score
 
+from notekit.checkpoint import CLASSES
 from notekit.cli import main
 from notekit.experiments import STUDIES
 from notekit.experiments.measures import measured
@@ -15,8 +16,9 @@ from notekit.experiments.report import _interval, report, summary
 from notekit.experiments.runner import run
 from notekit.experiments.study import Arm, Claim, Scale, Study, StudyError, runs_of
 from notekit.experiments.training import arguments, train
-from notekit.train import OPTIONS, build_parser, family_of
-from notekit.train import main as train_command
+from notekit.train.arguments import parse
+from notekit.train.command import main as train_command
+from notekit.train.families import model_type_of, new_fields
 from sage_music import SageMusicTokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 4, "block_size": 96, "context": 256}
@@ -102,7 +104,7 @@ def test_a_study_goes_on_from_what_is_there(studied, data):
 def test_an_interrupted_training_goes_on(data, tmp_path):
     one = runs_of(STUDY, "smoke", tmp_path)[0]
     command = arguments(one, data, tmp_path / "cache")
-    command[command.index("--steps") + 1] = "1"
+    command[command.index("--max_steps") + 1] = "1"
     assert train_command(command) == 0
     (one.folder / "report.json").unlink()  # as a run that was killed after its first step leaves it
     assert (one.folder / "checkpoint-1").is_dir()
@@ -231,10 +233,10 @@ def test_every_arm_is_a_command_that_training_takes(name, data, tmp_path):
     for scale in study.scales:
         seen = set()
         for one in runs_of(study, scale, tmp_path):
-            args = build_parser().parse_args(arguments(one, data, tmp_path))
-            args.family = family_of(args)
-            foreign = [n for family, names in OPTIONS.items() if family != args.family for n in names]
-            assert all(getattr(args, n) == build_parser().get_default(n) for n in foreign)
+            model, _, _, args = parse(arguments(one, data, tmp_path), model_type_of)
+            assert args.max_steps == one.options["steps"]
+            config = CLASSES[model_type_of(model.model)][0].config_class()
+            assert all(hasattr(config, name) for name in new_fields(model.model))
             seen.add(one.folder)
         assert len(seen) == len(study.arms) * study.scales[scale].seeds  # no two arms are the same model
 

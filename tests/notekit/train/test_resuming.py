@@ -1,0 +1,81 @@
+"""Checkpoints that were not written to their end are passed over; two runs do not mix; no room is said at once."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import Trainer, TrainingArguments
+
+from notekit.train import resuming
+from notekit.train.resuming import check_output, check_run, complete, last_complete
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """A run folder with the checkpoints of three steps."""
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny_model(tokenizer)
+    ids = torch.arange(20) + 10
+    items = [{"input_ids": ids, "labels": ids}] * 6
+    options = {"max_steps": 3, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    Trainer(
+        model, TrainingArguments(str(folder), per_device_train_batch_size=2, **options), train_dataset=items
+    ).train()
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_found(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    assert last_complete(folder) == (folder / "checkpoint-3", [])
+    (folder / "checkpoint-3" / "trainer_state.json").unlink()  # what Trainer writes last
+    assert last_complete(folder) == (folder / "checkpoint-2", [folder / "checkpoint-3"])
+    assert last_complete(tmp_path / "absent") == (None, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("keep", [0, 5, 0.5, -2])
+def test_a_file_cut_anywhere_makes_a_checkpoint_incomplete(run, tmp_path, name, keep):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", folder)
+    assert complete(folder)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    assert not complete(folder)
+
+
+def test_without_weights_a_checkpoint_is_incomplete(run, tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", folder)
+    (folder / "model.safetensors").unlink()
+    assert not complete(folder)
+
+
+def test_a_folder_keeps_one_run(tmp_path):
+    check_run(tmp_path, {"seed": 0, "config": ["a"]}, resumes=False)
+    check_run(tmp_path, {"seed": 0, "config": ["a"]}, resumes=True)
+    with pytest.raises(ValueError, match=r"seed was 0, now 1.*--output.*best"):
+        check_run(tmp_path, {"seed": 1, "config": ["a"]}, resumes=True)
+    check_run(tmp_path, {"seed": 1, "config": ["a"]}, resumes=False)  # nothing to go on from: a new run
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_output(arguments(tmp_path / "file" / "run"), 10, 10)
+
+
+def test_too_little_room_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming.shutil, "disk_usage", lambda path: SimpleNamespace(free=50_000_000))
+    check_output(arguments(tmp_path), 1_000_000, 1_000_000)  # 3 checkpoints of 12 MB and the best weights
+    check_output(arguments(tmp_path), 6_000_000, 100_000)  # adapters only
+    with pytest.raises(ValueError, match=r"50 MB are free.*need.*241 MB.*--save_total_limit"):
+        check_output(arguments(tmp_path), 6_000_000, 6_000_000)
+
+
+def arguments(folder):
+    return TrainingArguments(str(folder), save_total_limit=2, use_cpu=True)
