@@ -174,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), help="default: cpu")
     add("--prompt", type=Path, metavar="FILE.mid", help="the checkpoint's prompts continue it (default: from nothing)")
     add("--training", action="store_true", default=None, help="instead: a training step, against a Llama of equal size")
+    add("--trainer", action="store_true", default=None, help="instead: the stock Trainer, against a bare PyTorch loop")
     add("--figure", type=Path, metavar="FILE.png", help="draw speed and cache memory against the context")
     add("--from", dest="saved", type=Path, metavar="FILE.json", help="measure nothing: show what --json printed before")
     sub = sub.add_argument_group("PerceiverS (fixed shapes, random weights)").add_mutually_exclusive_group()
@@ -508,6 +509,8 @@ def run_bench(args) -> dict:
         raise ValueError("--figure shows decoding: it does not go with --training.")
     from .bench_report import figure, load_result, plotting, table
 
+    if args.trainer:
+        return _bench_trainer(args)
     if args.figure:
         plotting()  # before minutes of measuring: matplotlib may be missing
     if args.saved:
@@ -528,6 +531,23 @@ def run_bench(args) -> dict:
         print(table(result))
         if args.figure:
             print(f"\nwrote {args.figure}")
+    return result
+
+
+def _bench_trainer(args) -> dict:
+    for option in ("tokens", "shape", "models", "device", "prompt", "training", "figure", "saved"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"{'--from' if option == 'saved' else _flag(option)} does not go with --trainer.")
+    from .bench_trainer import compare_trainer, table
+    from .checkpoint import load
+
+    model, tokenizer = load(args.model)
+    if model.config.model_type != "sage_music":
+        raise ValueError("--trainer measures a SAGE-Music checkpoint; this one is PerceiverS.")
+    sizes = {"context": (args.contexts or [1024])[0], "batch": (args.batch or [4])[0]}
+    result = compare_trainer(model, tokenizer, rounds=args.rounds, **sizes)
+    if not args.json:
+        print(table(result))
     return result
 
 
@@ -555,7 +575,7 @@ def _bench_sage_music(args, model, tokenizer) -> dict:
 
 
 def _bench_perceivers(args) -> dict:
-    for option in ("shape", "batch", "models", "device", "prompt", "training", "figure", "saved"):
+    for option in ("shape", "batch", "models", "device", "prompt", "training", "trainer", "figure", "saved"):
         if getattr(args, option) is not None:
             flag = "--from" if option == "saved" else _flag(option)
             raise ValueError(f"{flag} is an option of SAGE-Music; this is PerceiverS.")

@@ -139,7 +139,7 @@ class DraftCandidateGenerator(CandidateGenerator):
         if model.draft is None:
             raise ValueError(
                 "use_mtp=True needs a draft head, and this model has none (config.num_mtp_layers is 0). Train one: "
-                "python -m notekit.train --init-from CHECKPOINT --draft-tokens 4 --data MIDI --out RUN."
+                "sage-music train --model CHECKPOINT --draft_tokens 4 --data MIDI --output RUN."
             )
         self.model, self.head, self.logits_processor = model, model.draft, logits_processor
         self.steps = min(self.head.steps, generation_config.num_assistant_tokens or self.head.steps)

@@ -373,7 +373,8 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.draft is not None and self.training and input_ids is not None:
+            drafts = self.draft is not None and next(self.draft.parameters()).requires_grad  # not beside adapters
+            if drafts and self.training and input_ids is not None:
                 sequences = None
                 if position_ids is not None and past_key_values is None:
                     sequences = packed_sequences(position_ids, attention_mask)

@@ -12,7 +12,7 @@ from notekit import BARS
 
 # Defaults of `TrainingArguments` by family; whatever is given on the command line comes before them.
 RECIPE = {
-    "max_steps": 300,
+    "max_steps": 200,  # minutes on two cores, and enough for a folder of one style
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "weight_decay": 0.1,
@@ -25,6 +25,7 @@ RECIPE = {
     "metric_for_best_model": "nats_per_note",
     "greater_is_better": False,
     "logging_steps": 10,
+    "include_num_input_tokens_seen": True,
     "report_to": ["tensorboard"],
     # The datasets shuffle themselves, by the seed and the epoch alone: so a resumed run, or one on another number of
     # processes, sees the same items. Accelerate tells a dataset its epoch only under this sampler.

@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -182,7 +181,6 @@ def _trained(trainer: Trainer, args: TrainingArguments, identity: dict) -> dict:
             print(f"note: {checkpoint} was not written to its end, and is passed over.", file=sys.stderr)
         if chosen is not None:
             print(f"note: going on from {chosen}", file=sys.stderr)
-    began = time.time()
     try:
         result = trainer.train(resume_from_checkpoint=chosen)
     except Exception as error:
@@ -191,8 +189,8 @@ def _trained(trainer: Trainer, args: TrainingArguments, identity: dict) -> dict:
     return {
         "train_seconds": round(result.metrics["train_runtime"], 1),
         "samples_per_second": result.metrics["train_samples_per_second"],
+        "train_tokens": trainer.state.num_input_tokens_seen,
         "train_loss": result.metrics["train_loss"],
-        "began": round(began),
     }
 
 

@@ -90,12 +90,9 @@ def model_type_of(model: str) -> str:
     source = str(BUNDLED.get(model, model))
     if source.endswith(".json"):
         return str(new_fields(source).get("model_type"))
-    if (Path(source) / "adapter_config.json").is_file():
-        base = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
-        raise ValueError(
-            f"{model}: an adapter of {base.get('base_model_name_or_path')}: train from that checkpoint, or merge the "
-            "adapter first (load it with notekit.checkpoint.load and save the model)."
-        )
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.is_file() and not (Path(source) / "config.json").is_file():
+        return model_type_of(str(new_fields(str(adapter)).get("base_model_name_or_path")))
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{model}: no checkpoint (it has no config.json). Folders of MIDI files go to --data.")
     return str(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
@@ -167,6 +164,8 @@ def start(options: ModelArguments) -> tuple[PreTrainedTokenizer, PreTrainedModel
             )
     model, tokenizer = load(options.model)
     if changes:
+        if not (Path(source) / "config.json").is_file() and Path(source).is_dir():
+            raise ValueError(f"--config and --draft_tokens: {source} is an adapter: merge and save it first.")
         model = model_class.from_pretrained(source, **changes)
     if options.tokenizer:
         tokenizer = tokenizer_class.from_pretrained(options.tokenizer)
