@@ -207,7 +207,7 @@ def test_the_model_tells_the_head_where_packed_pieces_begin(tokenizer, prompts, 
 
 def test_without_a_head_the_error_says_how_to_get_one(tokenizer, prompts, tmp_path):
     model = tiny_model(tokenizer)
-    with pytest.raises(ValueError, match="--draft-tokens"):
+    with pytest.raises(ValueError, match="--draft_tokens"):
         model.generate(prompts[:1], use_mtp=True, max_new_tokens=4)
     assert model.draft is None
     model.save_pretrained(tmp_path)  # a checkpoint without a head loads with one that is to be trained, and without
