@@ -35,7 +35,10 @@ def test_hub_files_import_only_what_a_hub_checkpoint_has(path):
             assert module.split(".")[0] in allowed, module
 
 
-@pytest.mark.parametrize("module", ["notes", "midi", "render", "corpus", "metrics", "prepare", "evaluate", "experiments"])
+PLAIN = ("notes", "midi", "render", "corpus", "metrics", "prepare", "evaluate", "experiments")
+
+
+@pytest.mark.parametrize("module", PLAIN)
 def test_plain_modules_import_no_torch(module):
     code = f"import sys, notekit.{module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,14 @@ import time
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from .bench import machine, music_like_ids
 
@@ -77,7 +84,9 @@ def _trainer_seconds(model: PreTrainedModel, items: list[dict], batch: int, step
             use_cpu=True,
             train_sampling_strategy="sequential",
         )
-        Trainer(model=model, args=args, train_dataset=items, callbacks=[clock]).train()
+        trainer = Trainer(model=model, args=args, train_dataset=items, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)  # prints to where the result goes
+        trainer.train()
     return clock.seconds
 
 

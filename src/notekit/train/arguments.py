@@ -18,6 +18,7 @@ RECIPE = {
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
     "eval_strategy": "steps",
+    "eval_on_start": True,  # what there was to improve
     "eval_steps": 100,
     "save_steps": 100,
     "save_total_limit": 2,
@@ -129,7 +130,9 @@ class DataArguments:
     track_dropout: float = field(
         default=0.0, metadata={"help": "SAGE-Music: probability that an instrument is left out of a block"}
     )
-    eval_pieces: int = field(default=60, metadata={"help": "pieces to evaluate on, whole (0: all)"})
+    eval_pieces: int | None = field(
+        default=None, metadata={"help": "pieces to evaluate on, whole; 0: all (default: 60; PerceiverS: 12)"}
+    )
     eval_split: str = field(
         default="validation", metadata={"help": "split to evaluate on", "choices": ("validation", "test")}
     )

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None, parts: PartsMaker | None = None) -> 
         report = train(*options, parts=parts)
         if options[3].process_index == 0:
             print(json.dumps(report, indent=1))
+            _say(report, Path(options[3].output_dir))
     except (ValueError, OSError, MissingExtraError, StrictDataclassError) as error:
         print(f"sage-music train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -125,12 +126,27 @@ def train(
         identity |= {name: str(getattr(args, name)) for name in TRAINER_IDENTITY}
         identity |= {"processes": args.world_size, "data": _fingerprint(corpus, train_set)}
         report |= _trained(trainer, args, identity)
+    before = [row for row in trainer.state.log_history if row["step"] == 0 and "eval_nats_per_note" in row]
+    if before:
+        report["nats_per_note_before"] = before[0]["eval_nats_per_note"]
     report |= {**trainer.evaluate(), "steps": trainer.state.global_step}
     if args.max_steps != 0:
         _save(trainer, tokenizer, network, adapted)
     if trainer.is_world_process_zero():
         write_atomic(Path(args.output_dir) / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def _say(report: dict, folder: Path) -> None:
+    """The end of a run in a sentence."""
+    before, after = report.get("nats_per_note_before"), report["eval_nats_per_note"]
+    if before is None or not report["steps"]:
+        return
+    print(f"nats per note of held-out music: {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%})")
+    if after < before:
+        print(f"the weights are in {folder / 'best'}")
+    else:
+        print("note: it became no likelier: try a lower --learning_rate, or more music.", file=sys.stderr)
 
 
 def check(data: DataArguments, args: TrainingArguments) -> None:
@@ -175,6 +191,7 @@ def _trained(trainer: Trainer, args: TrainingArguments, identity: dict) -> dict:
     last, broken = last_complete(folder)
     if chosen in (None, "True", "true", True):
         chosen = None if last is None else str(last)
+    args.eval_on_start = args.eval_on_start and chosen is None and args.eval_strategy != "no"
     if args.process_index == 0:
         check_run(folder, identity, resumes=chosen is not None)
         for checkpoint in broken:

@@ -23,6 +23,8 @@ from sage_music.data import BlockDataset, BlockStream, WindowDataset
 from .arguments import DataArguments, ModelArguments
 
 BLOCK_SIZE = 1024
+# Pieces to evaluate on; performances are long.
+EVAL_PIECES = {"sage_music": 60, "perceivers": 12}
 # Fields of a checkpoint's config that its weights do not depend on.
 FREE_FIELDS = ("max_position_embeddings", "num_latents", "num_mtp_layers", "attention_dropout")
 
@@ -242,12 +244,13 @@ def _counts(split) -> dict[str, int]:
 
 def _chosen(split, data: DataArguments) -> Pieces:
     """Whole pieces in an order that mixes the sources, and the same ones for every run and tokenization."""
-    order = np.random.default_rng(0).permutation(len(split))[: data.eval_pieces or None]
+    order = np.random.default_rng(0).permutation(len(split))[: data.eval_pieces or None]  # None or 0: all
     return Pieces(split.select(order))
 
 
 def sage_music_parts(options: ModelArguments, data: DataArguments, args: TrainingArguments) -> Parts:
     """Packed blocks of a fixed length; evaluation in windows of the same length."""
+    data.eval_pieces = EVAL_PIECES["sage_music"] if data.eval_pieces is None else data.eval_pieces
     _refuse(data, "PerceiverS", "segmentation", "position_uniform")
     if options.draft_tokens is not None and (options.draft_tokens < 1 or options.model.endswith(".json")):
         raise ValueError("--draft_tokens is at least 1 and needs --model CHECKPOINT, whose tokens the head guesses.")
@@ -270,6 +273,7 @@ def sage_music_parts(options: ModelArguments, data: DataArguments, args: Trainin
 
 def perceivers_parts(options: ModelArguments, data: DataArguments, args: TrainingArguments) -> Parts:
     """Segments up to the context's length, with the loss on the last `num_latents` tokens."""
+    data.eval_pieces = EVAL_PIECES["perceivers"] if data.eval_pieces is None else data.eval_pieces
     _refuse(data, "SAGE-Music", "block_size", "track_dropout")
     if options.draft_tokens is not None:
         raise ValueError("--draft_tokens is an option of SAGE-Music; this is PerceiverS.")

@@ -1,5 +1,9 @@
 """The command's options: ours and all of Transformers', defaults by family, no contradiction by defaults."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 from notekit.train.arguments import RECIPES, parse
@@ -58,3 +62,24 @@ def test_help_has_both_kinds(capsys):
         parsed("--help")
     text = capsys.readouterr().out
     assert ended.value.code == 0 and "--track_dropout" in text and "--fsdp_config" in text
+
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = ["README.md", "docs/training.md", "model_cards/sage-music-6m.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_pages_is_taken(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for start in (["sage-music", "train"], ["-m", "notekit.train"]):
+                for index in range(len(words)):
+                    if words[index : index + 2] == start and "..." not in words:
+                        commands.append(words[index + 2 :])
+    assert commands
+    for argv in commands:
+        model, data, _, args = parse(argv, lambda model: model.replace("-", "_"))
+        assert data.data and args.output_dir and model.model

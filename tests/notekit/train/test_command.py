@@ -70,8 +70,11 @@ def test_it_learns_resumes_and_plays(folder, tmp_path, capsys):
     assert main([*command, "--max_steps", "30"]) == 0
     second = json.loads((out / "report.json").read_text())
     assert (first["steps"], second["steps"]) == (10, 30)
-    assert [row["step"] for row in history(out / "checkpoint-30") if "eval_nats_per_note" in row] == [10, 20, 30]
+    assert [row["step"] for row in history(out / "checkpoint-30") if "eval_nats_per_note" in row] == [0, 10, 20, 30]
     assert second["eval_nats_per_note"] < first["eval_nats_per_note"] - 1
+    untrained = second["nats_per_note_before"]
+    assert untrained == first["nats_per_note_before"] > first["eval_nats_per_note"]
+    assert f"{untrained:.3f} before, {second['eval_nats_per_note']:.3f} after (-" in capsys.readouterr().out
     assert second["corpus"]["splits"]["train"]["pieces"] == 5 and second["corpus"]["skipped"] == 1
     (row,) = csv.DictReader((out / "skipped.csv").open())
     assert row["file"].endswith("broken.mid") and "not a MIDI file" in row["reason"]
@@ -90,7 +93,7 @@ def test_samples_early_stopping_and_the_best_weights(folder, tmp_path, capsys):
     """A rate so large that the loss goes up: training ends early, and the weights kept are not the last ones."""
     out, shape = tmp_path / "run", {**SMALL, "max_position_embeddings": 2048}
     command = ["--data", str(folder), "--output", str(out), "--model", config_file(tmp_path, shape), *FEW[:-2]]
-    command += "--learning_rate 0.5 --eval_steps 2 --max_steps 40 --early_stopping_patience 2 --eval_on_start".split()
+    command += "--learning_rate 0.5 --eval_steps 2 --max_steps 40 --early_stopping_patience 2".split()
     assert cli(["train", *command, "--num_samples", "1", "--sample_bars", "2"]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] < 40
