@@ -43,7 +43,7 @@ TRAINING = {
 }
 # What all runs of all studies share, and what a family's have where a study says nothing.
 RECIPE = "--learning_rate 2e-3 --lr_scheduler_type warmup_stable_decay --gradient_accumulation_steps 1".split()
-RECIPE += "--logging_steps 50 --sample_steps 0 --report_to none --disable_tqdm true".split()
+RECIPE += "--logging_steps 50 --sample_steps 0 --report_to none --disable_tqdm true --eval_on_start false".split()
 DEFAULTS = {"perceivers": {"context": 8192, "position_uniform": False}}
 
 # Files a BPE vocabulary is learned from.

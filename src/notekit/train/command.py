@@ -25,7 +25,7 @@ from .watching import SampleCallback
 # What makes a run what it is: with another one of these, a checkpoint must not be gone on from.
 IDENTITY = ("model", "tokenizer", "config", "draft_tokens", "lora_rank", "lora_alpha", "block_size", "segmentation")
 IDENTITY += ("position_uniform", "transpose", "tempo", "velocity", "track_dropout")
-TRAINER_IDENTITY = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "optim", "bf16", "fp16")
+TRAINER_IDENTITY = ("seed", "optim", "bf16", "fp16")
 
 PartsMaker = Callable[[ModelArguments, DataArguments, TrainingArguments], Parts]
 
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None, parts: PartsMaker | None = None) -> 
         options = parse(sys.argv[1:] if argv is None else argv, model_type_of if parts is None else lambda model: "")
         report = train(*options, parts=parts)
         if options[3].process_index == 0:
-            print(json.dumps(report, indent=1))
             _say(report, Path(options[3].output_dir))
     except (ValueError, OSError, MissingExtraError, StrictDataclassError) as error:
         print(f"sage-music train: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -102,7 +101,7 @@ def train(
         model=adapted,
         args=args,
         data_collator=collator,
-        train_dataset=train_set if data.streaming else WholeBatches(train_set, rows),
+        train_dataset=train_set if data.streaming else WholeBatches(train_set, rows, args.gradient_accumulation_steps),
         eval_dataset=evaluation,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=getattr(network, "sum_of_nats", sum_of_nats),
@@ -124,7 +123,9 @@ def train(
             name: getattr(options, name) for options in (model, data) for name in IDENTITY if hasattr(options, name)
         }
         identity |= {name: str(getattr(args, name)) for name in TRAINER_IDENTITY}
-        identity |= {"processes": args.world_size, "data": _fingerprint(corpus, train_set)}
+        # Not how many processes and accumulated batches these are: the data do not depend on it.
+        identity |= {"rows": rows, "rows_of_a_step": rows * args.gradient_accumulation_steps}
+        identity |= {"data": _fingerprint(corpus, train_set)}
         report |= _trained(trainer, args, identity)
     before = [row for row in trainer.state.log_history if row["step"] == 0 and "eval_nats_per_note" in row]
     if before:
@@ -138,14 +139,18 @@ def train(
 
 
 def _say(report: dict, folder: Path) -> None:
-    """The end of a run in a sentence."""
-    before, after = report.get("nats_per_note_before"), report["eval_nats_per_note"]
-    if before is None or not report["steps"]:
-        return
-    print(f"nats per note of held-out music: {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%})")
-    if after < before:
-        print(f"the weights are in {folder / 'best'}")
+    """The end of a run in two sentences."""
+    before, after, found = report.get("nats_per_note_before"), report["eval_nats_per_note"], f"{folder}/report.json"
+    if not report["steps"]:
+        print(f"nats per note of held-out music: {after:.3f} ({report['eval_nats_per_token']:.3f} per token)")
+    elif before is None:
+        print(f"nats per note of held-out music: {after:.3f}")
     else:
+        print(f"nats per note of held-out music: {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%})")
+    if report["steps"]:
+        found = f"{folder}/best, {found}"
+    print(f"wrote {found}")
+    if report["steps"] and before is not None and after >= before:
         print("note: it became no likelier: try a lower --learning_rate, or more music.", file=sys.stderr)
 
 

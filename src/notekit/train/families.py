@@ -63,14 +63,19 @@ class Pieces(Sequence):
 
 
 class WholeBatches(Dataset):
-    """A dataset without an epoch's last items where they make no whole batch of `rows`: which they are changes with it.
+    """A dataset without the last items of an epoch that make no whole step; which they are changes with the epoch.
 
-    Under several processes Accelerate would fill such a batch up with items that it had before, and `Trainer`'s own
+    Under several processes Accelerate would fill the last batch up with items that it had before, and `Trainer`'s own
     `dataloader_drop_last` leaves out pieces of the evaluation too.
+
+    Args:
+        rows: items of a batch, of all processes.
+        batches: batches of a step. A dataset that has no whole step keeps its whole batches, or all that it has.
     """
 
-    def __init__(self, dataset: Dataset, rows: int):
-        self.dataset, self.size = dataset, len(dataset) // rows * rows or len(dataset)
+    def __init__(self, dataset: Dataset, rows: int, batches: int = 1):
+        sizes = [len(dataset) // size * size for size in (rows * batches, rows)]
+        self.dataset, self.size = dataset, sizes[0] or sizes[1] or len(dataset)
 
     def __len__(self) -> int:
         return self.size

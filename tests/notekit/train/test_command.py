@@ -283,6 +283,8 @@ def test_a_folder_of_another_run_is_not_gone_on_with(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--max_steps", "4", "--transpose", "3"]) == 2
     assert "transpose was 6, now 3" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*command, "--max_steps", "4", "--gradient_accumulation_steps", "2"]) == 2
+    assert "rows_of_a_step was 4, now 8" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_full_disk_is_said_and_what_is_whole_is_kept(folder, tmp_path, monkeypatch, capsys):
