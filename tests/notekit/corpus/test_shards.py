@@ -320,6 +320,30 @@ def test_midi_and_shards_come_from_a_hub(hub, midi, corpus):
     assert found["errors"][1] == "nowhere: no such folder."
 
 
+TRAIN_FROM_HUB = """
+import json, sys
+from pathlib import Path
+from notekit.train.command import main
+from sage_music import SageMusicTokenizer
+root = Path(sys.argv[1])
+SageMusicTokenizer(program_changes=False).save_pretrained(root / "tokenizer")
+fields = {"model_type": "sage_music", "hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 1}
+(root / "new.json").write_text(json.dumps({**fields, "num_attention_heads": 5, "max_position_embeddings": 256}))
+for number, data in enumerate((["me/midi"], ["me/shards"], ["me/shards", "--streaming"])):
+    model = ["--model", str(root / "new.json"), "--tokenizer", str(root / "tokenizer"), "--output", f"{root}/{number}"]
+    few = "--max_steps 2 --block_size 64 --per_device_train_batch_size 2 --sample_steps 0 --report_to none".split()
+    assert main(["--data", *data, *model, *few]) == 0
+    print("steps", json.loads((root / str(number) / "report.json").read_text())["steps"])
+"""
+
+
+def test_training_takes_datasets_of_a_hub(hub, tmp_path):
+    argv = [sys.executable, "-c", TRAIN_FROM_HUB, str(tmp_path)]
+    done = subprocess.run(argv, env=hub, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("steps")] == ["steps 2"] * 3
+
+
 def test_a_hub_out_of_reach_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="me/other: no such folder, and the Hub cannot be reached"):
         fetch("me/other")
