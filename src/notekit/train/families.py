@@ -1,5 +1,7 @@
 """What a family brings to training: tokenizer, model, datasets, collator."""
 
+import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -7,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer, TrainingArguments
 
 from notekit import TEMPERATURE, TOP_P
 from notekit.checkpoint import BUNDLED, CLASSES, load
 from notekit.corpus import prepare_corpus
-from notekit.corpus.shards import fetch, is_prepared, read_shards
+from notekit.corpus.shards import corpus_info, fetch, is_prepared, read_shards
 from perceivers.augmentation import PerceiverSAugmentation
 from perceivers.segmentation import SegmentCollator, SegmentDataset, SegmentStream, SequentialDataset
 from sage_music.augmentation import SageMusicAugmentation
@@ -86,6 +88,22 @@ class WholeBatches(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Items and order of that epoch."""
         self.dataset.set_epoch(epoch)
+
+
+class EndlessStream(IterableDataset):
+    """A stream read again and again, each time in the order of its next epoch.
+
+    `Trainer` knows no length of a stream and counts all its passes as one epoch: it then skips right when it resumes.
+    """
+
+    def __init__(self, stream: IterableDataset):
+        self.stream = stream
+
+    def __iter__(self):
+        stream = copy.deepcopy(self.stream)  # workers may be in different passes
+        for epoch in itertools.count():
+            stream.set_epoch(epoch)
+            yield from stream
 
 
 def model_type_of(model: str) -> str:
@@ -194,10 +212,13 @@ def read_pieces(
     """
     if len(data.data) == 1 and is_prepared(data.data[0]):
         source = data.data[0]
+        for name in ("metadata", "licences", "held_out"):
+            if getattr(data, name) is not None:
+                raise ValueError(f"--{name}: {source} is prepared; it was decided when `sage-music prepare` ran.")
         if data.streaming:
             train = read_shards(source, tokenizer, streaming=True, split="train")
             held_out = read_shards(source, tokenizer, split=data.eval_split)
-            found = {"splits": {data.eval_split: _counts(held_out)}, "skipped": 0}
+            found = {"splits": {data.eval_split: _counts(held_out)}, "skipped": 0, "shards": corpus_info(source)}
             train = train.select_columns("input_ids").shuffle(
                 seed=args.seed, buffer_size=data.shuffle_buffer, max_buffer_input_shards=1
             )
@@ -229,10 +250,11 @@ def _encoded(data: DataArguments, tokenizer: PreTrainedTokenizer, args: Training
             size_limit=data.size_limit,
             metadata=data.metadata,
             licences=data.licences,
-            held_out=data.held_out,
+            held_out=0.1 if data.held_out is None else data.held_out,
             progress=bar.update,
         )
     if first:
+        corpus.splits[data.eval_split].select_columns("path").to_csv(Path(args.output_dir) / "held_out.csv")
         if corpus.skipped:
             path = corpus.write_skipped(Path(args.output_dir) / "skipped.csv")
             print(f"note: {len(corpus.skipped)} of {corpus.report['files']} files skipped: {path}", file=sys.stderr)
@@ -264,8 +286,10 @@ def sage_music_parts(options: ModelArguments, data: DataArguments, args: Trainin
         model.requires_grad_(False)
         model.draft.requires_grad_(True)
     augment, size = None, data.block_size or BLOCK_SIZE
-    if tokenizer.miditok.is_trained:
-        data.transpose = 0  # merged tokens hold whole notes
+    if tokenizer.miditok.is_trained and data.transpose:
+        data.transpose = 0
+        if args.process_index == 0:
+            print("note: nothing is transposed: tokens of a BPE vocabulary hold whole notes.", file=sys.stderr)
     if any((data.transpose, data.tempo, data.velocity, data.track_dropout)):
         augment = SageMusicAugmentation(tokenizer, data.transpose, data.tempo, data.velocity, data.track_dropout)
     pieces, held_out, found = read_pieces(data, tokenizer, args)
@@ -291,7 +315,7 @@ def perceivers_parts(options: ModelArguments, data: DataArguments, args: Trainin
     mode = data.segmentation or "effective"
     uniform = mode == "effective" if data.position_uniform is None else data.position_uniform
     # Lengths are alike within a step of all processes: they wait for each other, and see what one process would.
-    rows = args.per_device_train_batch_size * args.world_size
+    rows = args.train_batch_size * args.world_size
     shared = {"augment": augment, "seed": args.seed, "batch_size": rows}
     if data.streaming:
         train = SegmentStream(pieces, *sizes, mode, uniform, **shared)

@@ -1,8 +1,6 @@
 """What makes a killed run go on as if nothing had happened, and keeps two runs from mixing in one folder."""
 
 import json
-import os
-import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -17,8 +15,9 @@ RUN_FILE = "run.json"
 def complete(checkpoint: Path) -> bool:
     """Whether a checkpoint folder of `Trainer` was written to its end: a kill may have come in the middle.
 
-    `Trainer` writes weights, optimizer, scheduler, random state and last `trainer_state.json`. All are looked at, for
-    after a power failure the last file may be there and an earlier one not.
+    `Trainer` writes weights, optimizer, scheduler, random state and last `trainer_state.json`. All that are there are
+    looked at, for after a power failure the last file may be there and an earlier one not. Of the random states of
+    several processes some may be missing: no training item depends on them.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -84,31 +83,29 @@ def check_run(folder: Path, description: dict, resumes: bool) -> None:
     write_atomic(path, (json.dumps(description, indent=1) + "\n").encode())
 
 
-def check_output(args: TrainingArguments, parameters: int, trainable: int) -> None:
-    """Before hours are spent: the output folder can be written to, and has room for what will be.
+def state_of(checkpoint: Path) -> dict:
+    """What `Trainer` wrote of its progress beside a checkpoint's weights."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
-    Raises:
-        ValueError: it cannot, or has not.
+
+def times_no_better(state: dict) -> int:
+    """How many evaluations in a row early stopping had seen that were no better."""
+    kept = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    return int(kept.get("attributes", {}).get("early_stopping_patience_counter", 0))
+
+
+def is_finished(state: dict, args: TrainingArguments, patience: int | None) -> bool:
+    """Whether a run's last checkpoint is its end; `Trainer` would take another step from there.
+
+    Args:
+        state: `state_of` the checkpoint.
+        patience: of early stopping; None without it.
     """
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot be written to ({error.strerror}): give another folder.") from error
-    # A checkpoint: weights, and two moments of every trainable one. Trainer writes a new one before it deletes an old.
-    saves = args.save_strategy != "no"
-    kept = (args.save_total_limit + 1 if args.save_total_limit else 3) if saves else 0
-    need = 4 * (kept * ((parameters if trainable == parameters else trainable) + 2 * trainable) + parameters) + 2**20
-    held = sum(file.stat().st_size for checkpoint in folder.glob("checkpoint-*") for file in checkpoint.glob("*"))
-    free = shutil.disk_usage(folder).free
-    if free + held < need:
-        raise ValueError(
-            f"--output {folder}: {free / 1e6:,.0f} MB are free, and the run's checkpoints need about "
-            f"{need / 1e6:,.0f} MB: make room, keep fewer (--save_total_limit) or give another folder."
-        )
+    if patience is not None and times_no_better(state) >= patience:
+        return True
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["epoch"] >= args.num_train_epochs - 1e-6
 
 
-__all__ = ["check_output", "check_run", "complete", "last_complete"]
+__all__ = ["check_run", "complete", "is_finished", "last_complete", "state_of", "times_no_better"]

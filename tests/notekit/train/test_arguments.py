@@ -40,6 +40,8 @@ def test_defaults_are_the_familys_and_what_is_given_comes_first(tmp_path):
         ("--max_steps 40", {"eval_steps": 40, "save_steps": 40, "warmup_steps": 4}),
         ("--eval_strategy no", {"load_best_model_at_end": False, "save_strategy": "steps"}),
         ("--eval_strategy epoch", {"save_strategy": "epoch", "load_best_model_at_end": True}),
+        ("--save_strategy best", {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "best"}),
+        ("--max_steps 5 --max_steps 50", {"max_steps": 50, "eval_steps": 50}),
         ("--save_strategy no", {"load_best_model_at_end": False, "eval_strategy": "steps"}),
     ],
 )

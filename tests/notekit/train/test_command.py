@@ -82,8 +82,9 @@ def test_it_learns_resumes_and_plays(folder, tmp_path, capsys):
     # Only evaluating, the kept weights have what the report says.
     again = ["--data", str(folder), "--output", str(tmp_path / "again"), "--model", str(out / "best"), *FEW]
     assert main([*again, "--max_steps", "0"]) == 0
-    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    report = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert report["eval_nats_per_note"] == pytest.approx(second["eval_nats_per_note"], rel=1e-4)
+    assert (out / "held_out.csv").read_text().splitlines() == ["path", "validation/5.mid"]
     model, tokenizer = load(out / "best")
     assert model.config.use_cache and not (out / "best" / "training_args.bin").exists()
     assert generate_piece(model, tokenizer, bars=2, seed=0).bars == 2
@@ -105,6 +106,15 @@ def test_samples_early_stopping_and_the_best_weights(folder, tmp_path, capsys):
     assert min(evaluations, key=evaluations.get) == report["steps"] - 4
     steps = [row["step"] for row in rows if "sample_valid_mass" in row]
     assert steps == list(range(2, report["steps"] + 1, 2))
+    # Called again, the run is finished; with more patience it goes on.
+    weights = (out / "best" / "model.safetensors").read_bytes()
+    assert cli(["train", *command, "--num_samples", "1", "--sample_bars", "2"]) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    assert (out / "best" / "model.safetensors").read_bytes() == weights
+    assert json.loads((out / "report.json").read_text()) == report
+    again = [text if text != "2" else "4" for text in command[-2:]]
+    assert cli(["train", *command[:-2], *again, "--num_samples", "1", "--sample_bars", "2"]) == 0
+    assert json.loads((out / "report.json").read_text())["steps"] > report["steps"]
     assert all(0 < row["sample_valid_mass"] <= 1 for row in rows if "sample_valid_mass" in row)
     for step in steps:
         assert read_score(out / "samples" / f"step-{step:06}-1.mid").note_num() >= 0
@@ -214,7 +224,7 @@ def test_perceivers_trains_and_its_best_goes_on(long_folder, tmp_path, options, 
     # The family is the checkpoint's, and a shorter context is no new shape of its weights.
     again = ["--data", str(long_folder), "--output", str(tmp_path / "again"), "--model", str(out / "best")]
     assert main([*again, "--max_steps", "0", "--config", "max_position_embeddings=128"]) == 0
-    second = json.loads((tmp_path / "again" / "report.json").read_text())
+    second = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert second["parameters"] == report["parameters"]
     assert main([*again, "--config", "hidden_size=64"]) == 2
     assert "hidden_size: the weights" in capsys.readouterr().err.splitlines()[-1]
@@ -234,8 +244,25 @@ def test_shards_are_trained_on_whole_and_in_a_stream(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["--data", str(shards), "--output", str(tmp_path / "other"), "--model", "perceivers"]) == 2
     assert "Prepare" in capsys.readouterr().err.splitlines()[-1]  # tokens of another vocabulary
+    assert main(["--data", str(shards), "--output", str(tmp_path / "other"), "--licences", "MIT"]) == 2
+    assert "--licences" in capsys.readouterr().err.splitlines()[-1]
     assert main([*command[:-1], "--num_train_epochs", "1", "--max_steps", "-1", "--streaming"]) == 2
     assert "--max_steps" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_stream_goes_on_where_it_was(folder, tmp_path, capsys):
+    """In a later pass over the shards too: the run has seen them several times when it is stopped."""
+    shards, config = tmp_path / "shards", config_file(tmp_path, SMALL)
+    SageMusicTokenizer().save_pretrained(tmp_path / "tokenizer")
+    prepared = ["--tokenizer", str(tmp_path / "tokenizer"), "--output", str(shards)]
+    assert cli(["prepare", "--data", str(folder), *prepared]) == 0
+    command = ["--data", str(shards), "--streaming", "--model", config, *FEW, "--save_steps", "7"]
+    command += ["--max_steps", "21", "--lr_scheduler_type", "constant"]
+    for name, steps in (("through", ["21"]), ("resumed", ["14", "21"])):
+        for step in steps:
+            assert main([*command, "--output", str(tmp_path / name), "--max_steps", step]) == 0
+    one, other = (load(tmp_path / name / "best")[0].state_dict() for name in ("through", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_is_wrong_is_said_in_one_line_before_training(folder, tmp_path, monkeypatch, capsys):
@@ -265,7 +292,13 @@ def test_what_is_wrong_is_said_in_one_line_before_training(folder, tmp_path, mon
         ([*good, "--segmentation", "effective", *out], "--segmentation is an option of PerceiverS"),
         ([*good, "--tempo", "2", *out], "--tempo"),
         ([*good, "--label_smoothing_factor", "0.1", *out], "--label_smoothing_factor"),
-        ([*good, "--train_sampling_strategy", "random", *out], "sequential"),
+        ([*good, "--train_sampling_strategy", "random", *out], "shuffle themselves"),
+        ([*good, "--prediction_loss_only", *out], "--prediction_loss_only"),
+        ([*good, "--metric_for_best_model", "bleu", *out], "nats_per_note"),
+        ([*good, "--early_stopping_patience", "2", "--eval_strategy", "no", *out], "--early_stopping_patience"),
+        ([*good, "--push_to_hub", *out], "OUTPUT/best"),
+        ([*good, "--dataloader_drop_last", *out], "evaluation"),
+        ([*good, "--num_samples", "0", *out], "--num_samples 0"),
         ([*good, "--streaming", *out], "prepare"),
         ([*good, "--lora_rank", "2", "--draft_tokens", "2", *out], "draft"),
         ([*good, "--eval_steps", "7", "--save_steps", "5", *out], "saving steps"),
@@ -285,6 +318,13 @@ def test_a_folder_of_another_run_is_not_gone_on_with(folder, tmp_path, capsys):
     assert "transpose was 6, now 3" in capsys.readouterr().err.splitlines()[-1]
     assert main([*command, "--max_steps", "4", "--gradient_accumulation_steps", "2"]) == 2
     assert "rows_of_a_step was 4, now 8" in capsys.readouterr().err.splitlines()[-1]
+    # Under the same name another model; and a rate that the optimizer's state would silently overrule.
+    config_file(tmp_path, {**SMALL, "num_hidden_layers": 2})
+    assert main([*command, "--max_steps", "4"]) == 2
+    assert "config was" in capsys.readouterr().err.splitlines()[-1]
+    config_file(tmp_path, SMALL)
+    assert main([*command, "--max_steps", "4", "--learning_rate", "1e-9"]) == 2
+    assert "learning_rate was '0.01', now '1e-09'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_full_disk_is_said_and_what_is_whole_is_kept(folder, tmp_path, monkeypatch, capsys):

@@ -8,8 +8,9 @@ import torch
 from conftest import tiny_model
 from transformers import Trainer, TrainingArguments
 
-from notekit.train import resuming
-from notekit.train.resuming import check_output, check_run, complete, last_complete
+from notekit.train import checks
+from notekit.train.checks import check_output
+from notekit.train.resuming import check_run, complete, is_finished, last_complete, state_of, times_no_better
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,24 @@ def test_without_weights_a_checkpoint_is_incomplete(run, tmp_path):
     assert not complete(folder)
 
 
+def test_the_end_of_a_run_is_known(run, tmp_path):
+    """By steps, by epochs, or by early stopping; with more of them it goes on."""
+    state = state_of(run / "checkpoint-3")
+    assert (state["global_step"], state["epoch"]) == (3, 1.0)
+    for options, finished in (
+        ({"max_steps": 3}, True),
+        ({"max_steps": 2}, True),
+        ({"max_steps": 4}, False),
+        ({"num_train_epochs": 1}, True),
+        ({"num_train_epochs": 2}, False),
+    ):
+        assert is_finished(state, TrainingArguments(str(tmp_path), use_cpu=True, **options), None) == finished
+    state["stateful_callbacks"] = {"EarlyStoppingCallback": {"attributes": {"early_stopping_patience_counter": 2}}}
+    assert times_no_better(state) == 2
+    longer = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=9)
+    assert is_finished(state, longer, 2) and not is_finished(state, longer, 3) and not is_finished(state, longer, None)
+
+
 def test_a_folder_keeps_one_run(tmp_path):
     check_run(tmp_path, {"seed": 0, "config": ["a"]}, resumes=False)
     check_run(tmp_path, {"seed": 0, "config": ["a"]}, resumes=True)
@@ -70,9 +89,9 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
 
 
 def test_too_little_room_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming.shutil, "disk_usage", lambda path: SimpleNamespace(free=50_000_000))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=50_000_000))
     check_output(arguments(tmp_path), 1_000_000, 1_000_000)  # 3 checkpoints of 12 MB and the best weights
-    check_output(arguments(tmp_path), 6_000_000, 100_000)  # adapters only
+    check_output(arguments(tmp_path), 6_000_000, 100_000, adapters=True)
     with pytest.raises(ValueError, match=r"50 MB are free.*need.*241 MB.*--save_total_limit"):
         check_output(arguments(tmp_path), 6_000_000, 6_000_000)
 
