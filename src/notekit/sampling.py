@@ -51,7 +51,8 @@ def sampling_options(temperature: float | None, top_p: float | None) -> dict:
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """The same seed gives the same music; the caller's random state comes back unchanged."""
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # manual_seed seeds them too
+    with torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)
         yield

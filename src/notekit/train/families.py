@@ -238,7 +238,10 @@ def read_pieces(
 
 
 def _encoded(data: DataArguments, tokenizer: PreTrainedTokenizer, args: TrainingArguments) -> tuple[dict, int]:
-    """The splits of folders of MIDI files, and how many files were skipped; they are listed in `skipped.csv`."""
+    """The splits of folders of MIDI files, and how many files were skipped; `skipped.csv` and `held_out.csv` list them.
+
+    How fast it was depends on what was kept from earlier, so it is said and not part of the report.
+    """
     first = args.process_index == 0
     with tqdm(desc="files", unit=" files", disable=None if first else True, file=sys.stderr) as bar:
         corpus = prepare_corpus(
@@ -260,7 +263,8 @@ def _encoded(data: DataArguments, tokenizer: PreTrainedTokenizer, args: Training
             print(f"note: {len(corpus.skipped)} of {corpus.report['files']} files skipped: {path}", file=sys.stderr)
         counted = {name: split["files"] for name, split in corpus.report["splits"].items() if split["files"]}
         said = ", ".join(f"{count:,} {name}" for name, count in counted.items())
-        print(f"note: pieces: {said}; {corpus.report['files_per_second']:,.0f} files/s", file=sys.stderr)
+        rates = f"{corpus.report['files_per_second']:,.0f} files/s, {corpus.report['notes_per_second']:,.0f} notes/s"
+        print(f"note: pieces: {said} ({corpus.report['from_cache']:,} from the cache; {rates})", file=sys.stderr)
     return {name: corpus.splits[name] for name in ("train", data.eval_split)}, len(corpus.skipped)
 
 
