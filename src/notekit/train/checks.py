@@ -1,11 +1,14 @@
 """What is said before hours are spent: arguments that would be wrong late or silently, and a folder without room."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+
+from notekit.render import MissingExtraError
 
 from .arguments import DataArguments, ModelArguments, WatchArguments
 
@@ -17,6 +20,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, watch: WatchArgu
 
     Raises:
         ValueError: such an argument.
+        MissingExtraError: it needs a package that is not installed.
     """
     evaluates = args.eval_strategy != "no"
     for wrong, text in (
@@ -58,6 +62,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, watch: WatchArgu
     ):
         if wrong:
             raise ValueError(f"{text}: leave it out.")
+    if model.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("--lora_rank needs PEFT: pip install 'sage-music[peft]'.")
     metric = str(args.metric_for_best_model or METRICS[0]).removeprefix("eval_")
     if metric not in METRICS:
         raise ValueError(f"--metric_for_best_model {metric}: choose from {', '.join(METRICS)}.")

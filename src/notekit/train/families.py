@@ -1,6 +1,7 @@
 """What a family brings to training: tokenizer, model, datasets, collator."""
 
 import copy
+import csv
 import itertools
 import json
 import sys
@@ -257,7 +258,9 @@ def _encoded(data: DataArguments, tokenizer: PreTrainedTokenizer, args: Training
             progress=bar.update,
         )
     if first:
-        corpus.splits[data.eval_split].select_columns("path").to_csv(Path(args.output_dir) / "held_out.csv")
+        with open(Path(args.output_dir) / "held_out.csv", "w", newline="", encoding="utf-8") as file:
+            names = corpus.splits[data.eval_split]["path"][:]
+            csv.writer(file, lineterminator="\n").writerows([["file"], *([name] for name in names)])
         if corpus.skipped:
             path = corpus.write_skipped(Path(args.output_dir) / "skipped.csv")
             print(f"note: {len(corpus.skipped)} of {corpus.report['files']} files skipped: {path}", file=sys.stderr)

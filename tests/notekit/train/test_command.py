@@ -84,7 +84,7 @@ def test_it_learns_resumes_and_plays(folder, tmp_path, capsys):
     assert main([*again, "--max_steps", "0"]) == 0
     report = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert report["eval_nats_per_note"] == pytest.approx(second["eval_nats_per_note"], rel=1e-4)
-    assert (out / "held_out.csv").read_text().splitlines() == ["path", "validation/5.mid"]
+    assert (out / "held_out.csv").read_text().splitlines() == ["file", "validation/5.mid"]
     model, tokenizer = load(out / "best")
     assert model.config.use_cache and not (out / "best" / "training_args.bin").exists()
     assert generate_piece(model, tokenizer, bars=2, seed=0).bars == 2
