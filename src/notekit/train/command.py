@@ -194,7 +194,8 @@ def _kept_report(trainer: Trainer, watch: WatchArguments, identity: dict) -> dic
         for checkpoint in broken:
             print(f"note: {checkpoint} was not written to its end, and is passed over.", file=sys.stderr)
     whole = (folder / "report.json").is_file() and any((folder / "best").glob("*.safetensors"))
-    if last is None or not whole or not is_finished(state_of(last), args, watch.early_stopping_patience):
+    elsewhere = args.resume_from_checkpoint not in (None, "True", "true", True)
+    if last is None or elsewhere or not whole or not is_finished(state_of(last), args, watch.early_stopping_patience):
         return None
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if report.get("steps") != state_of(last)["global_step"]:
