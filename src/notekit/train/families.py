@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import io
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ from notekit import TEMPERATURE, TOP_P
 from notekit.checkpoint import BUNDLED, CLASSES, load
 from notekit.corpus import prepare_corpus
 from notekit.corpus.shards import corpus_info, fetch, is_prepared, read_shards
+from notekit.midi import write_atomic
 from perceivers.augmentation import PerceiverSAugmentation
 from perceivers.segmentation import SegmentCollator, SegmentDataset, SegmentStream, SequentialDataset
 from sage_music.augmentation import SageMusicAugmentation
@@ -258,9 +260,9 @@ def _encoded(data: DataArguments, tokenizer: PreTrainedTokenizer, args: Training
             progress=bar.update,
         )
     if first:
-        with open(Path(args.output_dir) / "held_out.csv", "w", newline="", encoding="utf-8") as file:
-            names = corpus.splits[data.eval_split]["path"][:]
-            csv.writer(file, lineterminator="\n").writerows([["file"], *([name] for name in names)])
+        names, text = corpus.splits[data.eval_split]["path"][:], io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["file"], *([name] for name in names)])
+        write_atomic(Path(args.output_dir) / "held_out.csv", text.getvalue().encode())
         if corpus.skipped:
             path = corpus.write_skipped(Path(args.output_dir) / "skipped.csv")
             print(f"note: {len(corpus.skipped)} of {corpus.report['files']} files skipped: {path}", file=sys.stderr)
