@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -52,9 +51,6 @@ def main(argv: Sequence[str] | None = None, parts: PartsMaker | None = None) -> 
     except (ValueError, OSError, MissingExtraError, StrictDataclassError) as error:
         print(f"sage-music train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    finally:
-        if torch.distributed.is_initialized():  # else gloo's threads abort a process now and then as it ends
-            torch.distributed.destroy_process_group()
     return 0
 
 
