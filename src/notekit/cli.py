@@ -8,6 +8,7 @@ family has ends the command.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -400,13 +401,12 @@ def _latency_lines(report: dict) -> list[str]:
 
 def run_train(argv: list[str]) -> int:
     """`sage-music train`, which has a parser of its own; returns the exit code."""
-    try:
-        from .train.command import main as train
-    except ImportError as error:
-        if error.name in ("accelerate", "datasets"):
-            print(f"sage-music: error: {error.name} is missing: pip install 'sage-music[train]'", file=sys.stderr)
+    for package in ("accelerate", "datasets", "tensorboard"):
+        if importlib.util.find_spec(package) is None:
+            print(f"sage-music: error: train needs {package}: pip install 'sage-music[train]'.", file=sys.stderr)
             return 2
-        raise
+    from .train.command import main as train
+
     try:
         return train(argv)
     except KeyboardInterrupt:

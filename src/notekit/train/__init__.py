@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 -m notekit.train --data my_midi --output runs/mine
 
 `arguments` has the options, `checks` what is refused at once, `families` what each family brings, `command` the run,
-`resuming` what makes a killed run go on, `watching` the samples on the way. Quality is reported in nats per note, which compares tokenizations fairly: a
-note costs what all tokens that spell it, its bar lines and programs (or time shifts) cost together, divided by the
-number of notes.
+`resuming` what makes a killed run go on, `watching` the samples on the way. Quality is reported in nats per note, which
+compares tokenizations fairly: a note costs what all tokens that spell it, its bar lines and programs (or time shifts)
+cost together, divided by the number of notes.
 """
 
 from .nats import sum_of_nats

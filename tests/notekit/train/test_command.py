@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -308,6 +309,14 @@ def test_what_is_wrong_is_said_in_one_line_before_training(folder, tmp_path, mon
         assert main(argv) == 2, argv
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("sage-music train: error:") and word in error, error
+
+
+@pytest.mark.parametrize("package", ["accelerate", "datasets"])
+def test_a_missing_extra_is_said(folder, tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli(["train", "--data", str(folder), "--output", str(tmp_path / "run")]) == 2
+    assert f"train needs {package}: pip install 'sage-music[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_run_is_not_gone_on_with(folder, tmp_path, capsys):
