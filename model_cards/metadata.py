@@ -1,0 +1,117 @@
+"""The YAML at the head of a card: licence, tags, results as a model index, examples for the Hub's widget.
+
+The task is `text-generation`, which is what the files are for the Hub: a causal language model whose tokens are text.
+The custom task `midi-continuation` is none that the Hub knows; it stands in `config.json` and among the tags. Training
+data are described in the card's text: none of the sources is a dataset of the Hub.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from perceivers import PerceiverSTokenizer
+from sage_music import SageMusicTokenizer
+
+from .facts import HERE, Checkpoint, row_of
+
+TASK = "text-generation"
+EXAMPLES = HERE.parent / "examples"
+WIDGET_TOKENS = 512  # the widget's new tokens
+
+
+def metadata(checkpoint: Checkpoint, results: dict[str, dict]) -> ModelCardData:
+    """The metadata of a bundled checkpoint's card; `results` by task, as `model_cards.build.gather` has them."""
+    family = checkpoint.config["model_type"]
+    sage = family == "sage_music"
+    tags = ["midi", "midi-continuation", "music", "music-generation", "symbolic-music"]
+    return ModelCardData(
+        license="apache-2.0" if sage else "cc-by-nc-sa-4.0",
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=[*tags, *(["multitrack", "sage-music"] if sage else ["piano", "expressive-performance", "perceivers"])],
+        model_name=checkpoint.name,
+        eval_results=_sage_results(results) if sage else _perceivers_results(results),
+        widget=_sage_widget(checkpoint.folder) if sage else _perceivers_widget(checkpoint.folder),
+        inference={
+            "parameters": {
+                "do_sample": checkpoint.generation["do_sample"],
+                "temperature": checkpoint.generation["temperature"],
+                "top_p": checkpoint.generation["top_p"],
+                "max_new_tokens": WIDGET_TOKENS,
+            }
+        },
+    )
+
+
+def _sage_results(results: dict[str, dict]) -> list[EvalResult]:
+    continuation, likelihood = results["continuation"], results["likelihood"]
+    ours = row_of(continuation, "sage-music")
+    parts = {
+        "chroma": "chroma similarity",
+        "groove": "groove similarity",
+        "self_similarity": "self-similarity",
+        "note_density": "note density similarity",
+    }
+    dataset = (
+        "multitrack",
+        "Multi-track MIDI (POP909, OpenScore, Nottingham and others)",
+        continuation["settings"]["split"],
+    )
+    settings = continuation["settings"]
+    task = f"Continuation of {settings['prompt_bars']} bars by {settings['bars']}"
+    found = [_result(task, dataset, "nmsi", "NMSI", ours["nmsi"], 2)]
+    found += [_result(task, dataset, key, text, ours[key], 3) for key, text in parts.items()]
+    nats = row_of(likelihood, "sage-music")["nats_per_note"]
+    return [*found, _result("Likelihood", dataset, "nats_per_note", "nats per note", nats, 3)]
+
+
+def _perceivers_results(results: dict[str, dict]) -> list[EvalResult]:
+    sets, likelihood = results["set"], results["likelihood"]
+    dataset = ("asap", "ASAP piano performances", sets["settings"]["split"])
+    mean = sets["features"]["perceivers"]["mean"]
+    written = row_of(sets, "perceivers")["n"]
+    area = {"mean": mean["oa"], "low": mean["oa_low"], "high": mean["oa_high"], "n": written}
+    nats = row_of(likelihood, "perceivers")["nats_per_note"]
+    task = f"Pieces of {sets['settings']['seconds']:g} s from nothing"
+    return [
+        _result(task, dataset, "overlap_area", "mean Overlap Area of 13 features", area, 3),
+        _result("Likelihood", dataset, "nats_per_note", "nats per note", nats, 3),
+    ]
+
+
+def _result(task: str, dataset: tuple[str, str, str], metric: str, text: str, found: dict, digits: int) -> EvalResult:
+    """A row of the model index; the interval stands in the metric's name, for readers, and in its arguments."""
+    low, high = (round(found[key], digits) for key in ("low", "high"))
+    return EvalResult(
+        task_type=TASK,
+        task_name=task,
+        dataset_type=dataset[0],
+        dataset_name=dataset[1],
+        dataset_split=dataset[2],
+        metric_type=metric,
+        metric_name=f"{text}, 95 % interval {low:.{digits}f} to {high:.{digits}f} (n {found['n']})",
+        metric_value=round(found["mean"], digits),
+        metric_args={"n": found["n"], "interval_95": [low, high]},
+    )
+
+
+# A text ends with a space: the stock pipeline puts what is new right behind it, and tokens are told apart by spaces.
+def _sage_widget(folder: Path) -> list[dict]:
+    tokenizer = SageMusicTokenizer.from_pretrained(folder)
+    bar = tokenizer.convert_ids_to_tokens(tokenizer.midi_to_ids(EXAMPLES / "ode_to_joy.mid", bars=1))
+    return [
+        {"example_title": "Ode to Joy, one bar of a band", "text": " ".join(bar) + " "},
+        {"example_title": "From nothing, in 3/4", "text": "BOS_None Bar_None TimeSig_3/4 "},
+    ]
+
+
+def _perceivers_widget(folder: Path) -> list[dict]:
+    tokenizer = PerceiverSTokenizer.from_pretrained(folder)
+    chord = ["BOS", "VELOCITY_16", "NOTE_ON_48", "NOTE_ON_55", "NOTE_ON_64", "TIME_SHIFT_500"]
+    unknown = set(chord) - set(tokenizer.get_vocab())
+    if unknown:
+        raise ValueError(f"{folder}: its tokenizer has no {', '.join(sorted(unknown))}, which the widget begins with.")
+    return [
+        {"example_title": "A chord of C major", "text": " ".join(chord) + " "},
+        {"example_title": "From nothing", "text": "BOS "},
+    ]
