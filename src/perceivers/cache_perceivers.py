@@ -95,11 +95,13 @@ class PerceiverSCache(DynamicCache):
             depend on where the window starts (sliding scales over embeddings, a context that has not moved).
 
     The context start moves with the window: its last position still has the M tokens before it. Older columns are not
-    read; they are kept, so that `crop` can go back to any length.
+    read; they are kept, so that `crop` can go back to any length. With learned positions, which end at M, all columns
+    stay in the context.
     """
 
     def __init__(self, config, refill_length: int | None = None):
-        self.num_latents, self.context_length = config.num_latents, config.max_position_embeddings
+        self.num_latents = config.num_latents
+        self.context_length = None if config.absolute_positions else config.max_position_embeddings
         self.refill_length = max(config.num_latents // 2, 1) if refill_length is None else refill_length
         if not 1 <= self.refill_length <= self.num_latents:
             raise ValueError(
@@ -145,7 +147,7 @@ class PerceiverSCache(DynamicCache):
 
     def context_start(self, window: int) -> int:
         """First column that the latents of the window starting at `window` see."""
-        return max(0, window + self.num_latents - self.context_length)
+        return 0 if self.context_length is None else max(0, window + self.num_latents - self.context_length)
 
     # ---- rows
 

@@ -26,6 +26,8 @@ class PerceiverSConfig(PreTrainedConfig):
         cross_kv_source: `"embeddings"`: keys and values come from the normed embeddings of all positions. `"stream"`:
             at the latents' own positions they come from the layer's normed query stream instead, as in ports of
             Perceiver AR that feed the previous layer's output back.
+        latent_projection: the query stream starts from a linear map (with a bias) of the embeddings, as in Perceiver
+            AR itself; keys and values come from the embeddings as they are.
 
     Positions:
         rope_parameters: rotary positions; `partial_rotary_factor` (default 0.5) is the rotated share of a head.
@@ -60,6 +62,7 @@ class PerceiverSConfig(PreTrainedConfig):
     cross_scales: list[int | None] | None = None
     scale_mask: Literal["sliding", "static"] = "sliding"
     cross_kv_source: Literal["embeddings", "stream"] = "embeddings"
+    latent_projection: bool = False
     max_position_embeddings: int = 32768
     rope_parameters: RopeParameters | dict | None = None
     rope_endpoint: bool = False
@@ -96,7 +99,8 @@ class PerceiverSConfig(PreTrainedConfig):
     @property
     def rotary_dim(self) -> int:
         """Rotated channels of a head."""
-        return int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+        # The small amount: 26 / 46 * 46 is 25.999999999999996, which is 26 channels.
+        return int(self.head_dim * self.rope_parameters["partial_rotary_factor"] + 1e-6)
 
     def validate_architecture(self):
         """Cross-field checks, run by `@strict` after construction."""

@@ -57,6 +57,8 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             self.embed_positions = nn.Embedding(
                 config.max_position_embeddings + config.position_offset, config.hidden_size
             )
+        projects = config.latent_projection
+        self.latent_proj = nn.Linear(config.hidden_size, config.hidden_size) if projects else nn.Identity()
         self.cross_layers = nn.ModuleList([PerceiverSCrossLayer(config) for _ in config.cross_scales])
         self.layers = nn.ModuleList([PerceiverSLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config) if config.final_norm else nn.Identity()
@@ -172,7 +174,7 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
         first = length - latents
         tables = self.rotary_emb(context.embeddings, position_ids)
         own_tables = tuple(table[:, first:] for table in tables)
-        states = context.embeddings[:, first:]
+        states = self.latent_proj(context.embeddings[:, first:])
         for scale, layer in zip(self.config.cross_scales, self.cross_layers, strict=True):
             plan = plan_cross(self.config, scale, length, latents, window=first, valid=valid)
             states = layer(
@@ -225,7 +227,7 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
     def _cross(self, cache: PerceiverSCache, start: int, end: int, **kwargs) -> torch.Tensor:
         """Cross-attended latents of the columns `start ... end` of the cache's window."""
         window = cache.window
-        states = cache.columns("embeddings", start, end)
+        states = self.latent_proj(cache.columns("embeddings", start, end))
         tables = self.rotary_emb(states, cache.columns("positions", start, end))
         stream = self.config.cross_kv_source == "stream"
         if stream:
@@ -268,6 +270,17 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
         # With this flag on, loading would drop the entries that are our own: refill_length, midi_grammar.
         self.generation_config._from_model_config = False
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: Transformers' paged cache holds one attention layer's keys and values for every decoder layer.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "PerceiverS has no continuous batching: its cache holds a long context and a window of latents that is "
+            "computed anew now and then, and pages hold neither. Call generate() with a batch of prompts."
+        )
 
     @can_return_tuple
     def forward(

@@ -76,6 +76,17 @@ def test_two_thousand_steps_in_single_precision(kind):
     assert cache.window_start(1999) > 1900
 
 
+@pytest.mark.parametrize("kind", ["sliding", "static", "stream", "absolute"])
+def test_projected_latents(events, kind):
+    """Latents that start from a projection of the embeddings do so in a window that starts anew, too."""
+    model = tiny_perceivers(kind, latent_projection=True).double()
+    cache = PerceiverSCache(model.config)
+    with torch.no_grad():
+        for stop in range(1, 61):
+            step = model(events[:, stop - 1 : stop], past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(step, reference(model, events, cache, stop), **STRICT)
+
+
 def test_rolling_the_window_instead_would_not_be_exact(events):
     """What the refill is for: states that have read dropped latents differ."""
     model = tiny_perceivers().double()
@@ -293,6 +304,17 @@ def test_going_past_the_context_is_no_warning(events):
     model._get_stopping_criteria = lambda *args, **kwargs: criteria.append(original(*args, **kwargs)) or criteria[-1]
     assert model.generate(events[:1, :40], max_new_tokens=30, min_new_tokens=30).shape[1] == 70
     assert [c.max_position_embeddings for c in criteria[0] if hasattr(c, "max_position_embeddings")] == [None]
+
+
+def test_learned_positions_keep_the_whole_context(events):
+    """A model that ends at M tokens sees all of them to its last, wherever its window of latents starts."""
+    model, ids = tiny_perceivers("absolute", max_position_embeddings=24).double(), events[:, :24]
+    cache = PerceiverSCache(model.config)
+    window = cache.window_start(23)
+    with torch.no_grad():
+        cached = model(ids, past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(cached, model(ids, num_latents=24 - window).logits[:, -1], **STRICT)
+    assert window > 24 - model.config.num_latents
 
 
 def test_learned_positions_end_before_anything_is_computed(events):

@@ -309,6 +309,28 @@ def test_the_rotated_share_of_a_head(events):
     assert model.config.rotary_dim == 4
 
 
+@pytest.mark.parametrize(("rotated", "head"), [(26, 46), (2, 49), (32, 64)])
+def test_a_share_of_a_head_is_a_whole_number_of_channels(rotated, head):
+    """26 / 46 * 46 is a little less than 26."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotated / head}
+    assert PerceiverSConfig(head_dim=head, rope_parameters=rope).rotary_dim == rotated
+
+
+def test_only_the_latents_are_projected(events):
+    """With a projection that changes nothing, the logits are those of a model without one."""
+    plain = tiny_perceivers("ported")
+    model = tiny_perceivers("ported", latent_projection=True)
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == ["model.latent_proj.weight", "model.latent_proj.bias"]
+    ids = events[:, :30]
+    with torch.no_grad():
+        torch.nn.init.eye_(model.model.latent_proj.weight)
+        model.model.latent_proj.bias.zero_()
+        torch.testing.assert_close(logits(model, ids), logits(plain, ids))
+        model.model.latent_proj.bias.fill_(0.1)
+        assert not torch.allclose(logits(model, ids), logits(plain, ids), atol=1e-2)
+
+
 def test_endpoint_frequencies():
     """DeepMind's rule: from 1 to 1 / theta, both included."""
     model = tiny_perceivers("ported")  # heads of 12, 6 channels rotated: three pairs
