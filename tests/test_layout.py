@@ -55,9 +55,9 @@ def source(path: str, name: str) -> str:
     "twins",
     [
         [
-            ("notekit/midi.py", "is_truncated"),
-            ("sage_music/tokenization_sage_music.py", "is_truncated"),
-            ("perceivers/tokenization_perceivers.py", "is_truncated"),
+            ("notekit/midi.py", "midi_damage"),
+            ("sage_music/tokenization_sage_music.py", "midi_damage"),
+            ("perceivers/tokenization_perceivers.py", "midi_damage"),
         ],
         [
             ("sage_music/modeling_sage_music.py", "SageMusicRMSNorm"),

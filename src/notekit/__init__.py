@@ -1,12 +1,5 @@
 """notekit: what surrounds the models and both families share: notes, MIDI, pictures, audio, training, command line."""
 
-# Lengths where nobody asks for others: of a piece and of a prompt, in bars (SAGE-Music) and seconds (PerceiverS).
-BARS, PROMPT_BARS = 16, 4
-SECONDS, PROMPT_SECONDS = 60.0, 20.0
-# Seconds after which a note of a generated performance is ended: longer than 99 of 100 notes that pianists play, pedal
-# included (3.6 s), shorter than the ones that a small model forgets.
-MAX_NOTE_SECONDS = 6.0
+from .defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS, TEMPERATURE, TOP_P
 
-# What training writes into a checkpoint's generation_config.json, where every command takes its defaults from: with a
-# small model, cooler and narrower than its own distribution keeps the key.
-TEMPERATURE, TOP_P = 0.9, 0.95
+__all__ = ["BARS", "MAX_NOTE_SECONDS", "PROMPT_BARS", "PROMPT_SECONDS", "SECONDS", "TEMPERATURE", "TOP_P"]

@@ -8,9 +8,7 @@ piece.score.dump_midi("continuation.mid")
 """
 
 import os
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,23 +16,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from symusic import Score, Tempo
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sage_music import (
+from sage_music.generation_sage_music import (
     BarCountCriteria,
     MinBarsLogitsProcessor,
     NoDoubledNotesLogitsProcessor,
-    SageMusicForCausalLM,
-    SageMusicTokenizer,
 )
+from sage_music.modeling_sage_music import SageMusicForCausalLM
+from sage_music.tokenization_sage_music import SageMusicTokenizer
 
-from . import BARS, PROMPT_BARS
+from .defaults import BARS, PROMPT_BARS
 from .midi import bar_ticks, bar_times, read_score
-from .sampling import Generated, sampling_options, seeded
-
-# One generation at a time: torch has one CPU random state for all threads, and a seed must give its music in each.
-_TURN = threading.RLock()
+from .rules import LeaveProgram, forbidden_ids, program_tokens
+from .sampling import TURN, Deadline, Generated, heard_warnings, sampling_options, seeded
 
 
 @dataclass(kw_only=True)
@@ -76,11 +72,11 @@ def continue_score(
         prompt: path, bytes or score.
         free: let the model bring in instruments, meters and tempos that the prompt does not have.
         programs: the only General MIDI programs to use (-1: drums), instead of the prompt's.
-        options: `temperature`, `top_p`, `seed`, `progress`, as for `generate_piece`.
+        options: `temperature`, `top_p`, `seed`, `progress`, `time_limit`, `generate_options`, as for `generate_piece`.
 
     Raises:
         InvalidMidiError: the prompt cannot be read.
-        ValueError: one bar alone is longer than the model's context.
+        ValueError: an option outside its range, naming it; or one bar alone is longer than the model's context.
     """
     return plan_continuation(model, tokenizer, prompt, prompt_bars, bars, free, programs, **options).write()
 
@@ -99,12 +95,12 @@ def plan_continuation(
 
     Arguments and errors are those of `continue_score`.
     """
-    score = prompt if not isinstance(prompt, str | bytes | os.PathLike) else read_score(prompt)
-    remarks = _unheard(score)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    if prompt_bars < 1:
+        raise ValueError(f"prompt_bars {prompt_bars} must be positive.")
+    with heard_warnings() as heard:
+        score = prompt if not isinstance(prompt, str | bytes | os.PathLike) else read_score(prompt)
         ids = tokenizer.midi_to_ids(score, bars=prompt_bars)
-    remarks += sorted({str(warning.message) for warning in caught})
+    remarks = _unheard(score) + heard
     counter = BarCountCriteria(model.config, 0)
     present = int(counter.count(torch.tensor([ids])))
     if present < prompt_bars:
@@ -115,7 +111,7 @@ def plan_continuation(
         found = {kind: {t for t in tokens if t.startswith(kind)} for kind in ("Program", "TimeSig")}
         allowed = {kind: texts for kind, texts in found.items() if texts} | {"Tempo": set()}
     if programs is not None:
-        allowed["Program"] = _program_tokens(programs)
+        allowed["Program"] = program_tokens(programs)
     # The prompt's last bar is complete: what follows is a bar line.
     ids.append(tokenizer.convert_tokens_to_ids("Bar_None"))
     tempos = _prompt_tempos(tokenizer.decode_midi(ids), score, present)
@@ -141,6 +137,8 @@ def generate_piece(
         temperature, top_p: sampling, the checkpoint's own by default; `temperature=0` takes the likeliest token.
         seed: same seed, same piece.
         progress: called as `progress(bars_done, notes)` after every bar.
+        time_limit: seconds of wall time after which the generation ends, within one token; the piece then ends with the
+            last whole bar, and a remark says so.
         generate_options: more options of `generate()`, such as `{"use_mtp": True}` or a `compile_config`.
 
     Raises:
@@ -160,7 +158,7 @@ def plan_piece(
 ) -> "Plan":
     """What `generate_piece` is about to write, checked; arguments and errors are those of `generate_piece`."""
     ids = [tokenizer.bos_token_id]
-    allowed = {} if programs is None else {"Program": _program_tokens(programs)}
+    allowed = {} if programs is None else {"Program": program_tokens(programs)}
     meter = f"TimeSig_{time_signature or '4/4'}"
     if meter not in tokenizer.get_vocab():
         raise ValueError(f"time_signature {time_signature!r} has no token; 4/4, 3/4, 6/8 are examples that have.")
@@ -188,7 +186,7 @@ class Plan:
         allowed: per kind of token (`"Program"`), the only ones that may be written.
         tempos: exact tempos up to the end of `ids`, in ticks of the decoded score, in place of those that tokens can
             state; `None` keeps the tokens'.
-        temperature, top_p, seed, progress, generate_options: as for `generate_piece`.
+        temperature, top_p, seed, progress, time_limit, generate_options: as for `generate_piece`.
 
     Raises:
         ValueError: an option outside its range, naming it.
@@ -207,14 +205,17 @@ class Plan:
     seed: int | None = None
     progress: Callable[[int, int], None] | None = None
     generate_options: dict | None = None
+    time_limit: float | None = None
     forbidden: list[int] = field(init=False)
     sampling: dict = field(init=False)
 
     def __post_init__(self):
         if self.bars < 1:
             raise ValueError(f"bars {self.bars} must be positive.")
+        if self.time_limit is not None:
+            Deadline(self.time_limit)  # checked before anything waits for it
         self.sampling = sampling_options(self.temperature, self.top_p)
-        self.forbidden = _forbidden(self.tokenizer, self.allowed)
+        self.forbidden = forbidden_ids(self.tokenizer, self.allowed)
 
     def write(self, streamer=None) -> Piece:
         """Generate the music.
@@ -226,16 +227,19 @@ class Plan:
         Raises:
             ValueError: one bar alone is longer than the model's context.
         """
-        remarks = list(self.remarks)
         if streamer is not None:
             streamer.put(torch.tensor([self.ids]))
-        ids, total = self.ids, self.prompt_bars
+        remarks, ids, total = list(self.remarks), self.ids, self.prompt_bars
         with _turn(streamer) as mine:
             begin = time.perf_counter()
             if mine:
                 ids, total = self._generate(streamer, remarks)
         if _is_cancelled(streamer) and total < self.prompt_bars + self.bars:
             remarks.append(f"cancelled in bar {total}" if mine else "cancelled before it began")
+        return self.piece(ids, total, time.perf_counter() - begin, remarks)
+
+    def piece(self, ids: list[int], total: int, seconds: float, remarks: list[str]) -> Piece:
+        """The first `total` bars of `ids`, written in `seconds`."""
         score = self.tokenizer.decode_midi(ids, bars=total)
         if self.tempos is not None:
             stated = sum(token.startswith("Tempo") for token in self.tokenizer.base_tokens(self.ids))
@@ -247,64 +251,100 @@ class Plan:
             bars=total - self.prompt_bars,
             # Not counted in tokens: the last ones may go beyond the bars.
             notes=score.note_num() - self.tokenizer.decode_midi(self.ids).note_num(),
-            seconds=time.perf_counter() - begin,
+            seconds=seconds,
             remarks=remarks,
         )
 
     def _generate(self, streamer, remarks: list[str]) -> tuple[list[int], int]:
         """All ids, and the number of bars to keep of them."""
-        model, ids = self.model, self.ids
-        counter = BarCountCriteria(model.config, 0)
+        model, row = self.model, Row(self, remarks)
         notes_of = np.array(model.config.grammar["notes"])
-        start, total = len(ids), self.prompt_bars + self.bars
-        stop_early = [] if streamer is None else streamer.stopping_criteria
+        stops = [] if streamer is None else list(streamer.stopping_criteria)
+        deadline = None if self.time_limit is None else Deadline(self.time_limit)
         with seeded(self.seed):
-            done = int(counter.count(torch.tensor([ids])))
-            while done <= total:
-                window, cut = _window(model, self.tokenizer, ids)
-                if cut and len(ids) == start:
-                    remarks.append(
-                        f"the prompt is longer than the context: the model hears its last {window.count} bars"
-                    )
-                notes = int(notes_of[ids[start:]].sum())
-                goal = total - done + window.count
+            while row.goes_on:
+                window = row.window()
+                notes = int(notes_of[row.ids[len(self.ids) :]].sum())
+                goal = row.goal(window)
                 output = model.generate(
                     torch.tensor([window.ids], device=model.device),
                     attention_mask=torch.ones(1, len(window.ids), dtype=torch.long, device=model.device),
                     max_new_tokens=model.config.max_position_embeddings - len(window.ids),
-                    stopping_criteria=StoppingCriteriaList([BarCountCriteria(model.config, goal), *stop_early]),
+                    stopping_criteria=StoppingCriteriaList(
+                        [BarCountCriteria(model.config, goal), *stops, *([] if deadline is None else [deadline])]
+                    ),
                     logits_processor=LogitsProcessorList(
                         [
                             MinBarsLogitsProcessor(model.config, goal),
                             NoDoubledNotesLogitsProcessor(model.config),
-                            _LeaveProgram(model.config, self.forbidden),
+                            LeaveProgram(model.config, [self.forbidden]),
                         ]
                     ),
                     suppress_tokens=self.forbidden or None,
-                    streamer=_Progress(model.config, self.progress, done - self.prompt_bars, notes, streamer),
+                    streamer=_Progress(model.config, self.progress, row.lines - self.prompt_bars, notes, streamer),
                     **self.sampling | (self.generate_options or {}),
                 )
-                new = output[0, len(window.ids) :].tolist()
-                ids = ids + new
-                before, done = done, int(counter.count(torch.tensor([ids])))
-                if _is_cancelled(streamer):
-                    return ids, min(done, total)
-                if done == before and done <= total:
-                    remarks.append(f"stopped at bar {done}: the model wrote {len(new)} tokens without a bar line")
-                    return ids, done
-        return ids, total
+                row.take(output[0, len(window.ids) :].tolist(), deadline)
+                if _is_cancelled(streamer) or (row.is_late and streamer is not None):
+                    return row.ids, min(row.lines, row.total)  # notes of the bar that has begun are out already
+        return row.ids, row.kept
+
+
+class Row:
+    """A plan on its way: what is written of it so far.
+
+    Attributes:
+        ids: token ids so far.
+        lines, total: bar lines in them, and bars that the piece is to have.
+        kept: bars that it will have.
+        goes_on: whether there is more to write.
+        is_late: whether a time limit ended it.
+        remarks: what happened on the way is added to them.
+    """
+
+    def __init__(self, plan: Plan, remarks: list[str]):
+        self.plan, self.ids, self.remarks = plan, plan.ids, remarks
+        self.bars_of = np.array(plan.model.config.grammar["bars"])
+        self.lines, self.total = int(self.bars_of[self.ids].sum()), plan.prompt_bars + plan.bars
+        self.kept, self.goes_on, self.is_late = self.total, True, False
+
+    def window(self) -> "_Window":
+        """What the model hears next."""
+        window, cut = _window(self.plan.model, self.plan.tokenizer, self.ids)
+        if cut and len(self.ids) == len(self.plan.ids):
+            self.remarks.append(f"the prompt is longer than the context: the model hears its last {window.count} bars")
+        return window
+
+    def goal(self, window: "_Window") -> int:
+        """The bars that the window will hold at the piece's end."""
+        return self.total - self.lines + window.count
+
+    def take(self, new: list[int], deadline: Deadline | None = None) -> None:
+        """Go on by what the model wrote in one window."""
+        before = self.lines
+        self.ids, self.lines = self.ids + new, before + int(self.bars_of[new].sum())
+        if self.lines > self.total:
+            self.goes_on = False
+        elif deadline is not None and deadline.has_passed:
+            self.goes_on, self.is_late = False, True
+            self.kept = max(self.lines - 1, self.plan.prompt_bars)  # the last line begins a bar that has no end
+            limit, done = f"the time limit of {self.plan.time_limit:g} s", self.kept - self.plan.prompt_bars
+            self.remarks.append(f"{limit} ended the piece after {done} of {self.plan.bars} bars")
+        elif self.lines == before:
+            self.goes_on, self.kept = False, self.lines
+            self.remarks.append(f"stopped at bar {self.lines}: the model wrote {len(new)} tokens without a bar line")
 
 
 @contextmanager
 def _turn(streamer) -> Iterator[bool]:
     """Wait for all other generations to end; False when the streamer was cancelled before that."""
-    while not (mine := _TURN.acquire(timeout=0.1)) and not _is_cancelled(streamer):
+    while not (mine := TURN.acquire(timeout=0.1)) and not _is_cancelled(streamer):
         pass
     try:
         yield mine and not _is_cancelled(streamer)
     finally:
         if mine:
-            _TURN.release()
+            TURN.release()
 
 
 def _is_cancelled(streamer) -> bool:
@@ -356,41 +396,6 @@ class _Progress(BaseStreamer):
 
     def end(self):
         pass
-
-
-class _LeaveProgram(LogitsProcessor):
-    """No note until the sequence has left a program that must not be used (Program tokens on change only)."""
-
-    def __init__(self, config, forbidden: list[int]):
-        changes = np.array(config.grammar["drum_after"]) != -2
-        self.programs = set(np.flatnonzero(changes).tolist()) - {config.bos_token_id}
-        self.forbidden = self.programs & set(forbidden)
-        self.notes = torch.tensor(config.grammar["drum_needed"]) >= 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not self.forbidden:
-            return scores
-        current = next((token for token in reversed(input_ids[0].tolist()) if token in self.programs), None)
-        if current in self.forbidden:
-            scores = scores.masked_fill(self.notes.to(scores.device), -torch.inf)
-        return scores
-
-
-def _program_tokens(programs: list[int]) -> set[str]:
-    wrong = [program for program in programs if not -1 <= program <= 127]
-    if wrong or not programs:
-        raise ValueError(f"programs are 0-127, or -1 for drums; got {wrong or 'none'}.")
-    return {f"Program_{program}" for program in programs}
-
-
-def _forbidden(tokenizer, allowed: dict[str, set[str]]) -> list[int]:
-    """Ids with a base token of one of the kinds in `allowed` that is not among the allowed ones."""
-
-    def wrong(token: str) -> bool:
-        kind = token.split("_")[0]
-        return kind in allowed and token not in allowed[kind]
-
-    return [i for i in range(tokenizer.vocab_size) if any(map(wrong, tokenizer.base_tokens([i])))]
 
 
 def _unheard(score: Score) -> list[str]:

@@ -1,6 +1,7 @@
 """MIDI files to scores and note arrays, and back. MIDI is bytes from strangers: readers check before they trust."""
 
 import os
+import re
 import tempfile
 import warnings
 from operator import itemgetter
@@ -22,13 +23,51 @@ class InvalidMidiError(ValueError):
         super().__init__(f"{name}: {reason}")
 
 
-def is_truncated(data: bytes) -> bool:
-    """Whether a MIDI file ends before its own chunk sizes and track count say. Some readers return what they got."""
+def midi_damage(data: bytes) -> str:
+    """What is wrong with a MIDI file's chunks and events; "" for nothing.
+
+    Some readers return what they got of a broken file, and some crash: a note number above 127 has no place in memory.
+    """
+    delta = rb"[\x80-\xff]{0,3}[\x00-\x7f]"
+    two = rb"[\x80-\xbf\xe0-\xef][\x00-\x7f]{2}(?:" + delta + rb"[\x00-\x7f]{2})*+"
+    one = rb"[\xc0-\xdf][\x00-\x7f](?:" + delta + rb"[\x00-\x7f])*+"
+    events = delta + rb"(?:" + two + rb"|" + one + rb")"  # of one kind and channel, which only the first one states
+    run_of_events, stated, number, other_event = map(
+        re.compile, (rb"(?:" + events + rb")++", events, delta, rb"\xff[\x00-\x7f]|\xf0")
+    )
     position, missing = 8 + int.from_bytes(data[4:8], "big"), int.from_bytes(data[10:12], "big")
     while missing > 0 and position + 8 <= len(data):  # what follows the last track is nobody's loss
-        missing -= data[position : position + 4] == b"MTrk"
-        position += 8 + int.from_bytes(data[position + 4 : position + 8], "big")
-    return position > len(data) or missing > 0
+        at, end = position + 8, position + 8 + int.from_bytes(data[position + 4 : position + 8], "big")
+        is_track, position, latest = data[position : position + 4] == b"MTrk", end, None
+        running = 0
+        missing -= is_track
+        while is_track and at < end <= len(data):
+            if run := run_of_events.match(data, at, end):  # most of a file
+                at, latest, running = run.end(), run, None
+                continue
+            wait = number.match(data, at, end)
+            if wait is None or wait.end() == end:
+                return "a track ends inside an event"
+            at = wait.end()
+            if event := other_event.match(data, at, end):
+                length = number.match(data, event.end(), end)
+                size = 0
+                for byte in length[0] if length else b"":
+                    size = size << 7 | byte & 0x7F
+                if length is None or length.end() + size > end:
+                    return "a track ends inside an event"
+                if event[0] == b"\xff\x2f":  # the end of the track
+                    break
+                at = length.end() + size
+            else:  # an event without a status of its own after one of no channel, or nothing that can be read
+                if running is None:
+                    *_, last = stated.finditer(data, *latest.span())
+                    running = data[number.match(data, last.start()).end()]
+                size = 1 if 0xC0 <= running < 0xE0 else 2
+                if not running or len(values := data[at : min(at + size, end)]) < size or max(values) > 0x7F:
+                    return "an event of a kind or with values that no MIDI file has"
+                at += size
+    return "it ends before its own chunk sizes say" if position > len(data) or missing > 0 else ""
 
 
 def read_score(source: str | os.PathLike | bytes) -> Score:
@@ -53,8 +92,8 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
         raise InvalidMidiError(name, "not a MIDI file (it does not begin with 'MThd').")
     if len(data) >= 14 and data[12] & 0x80:
         raise InvalidMidiError(name, "times are SMPTE frames, not beats; export it with a ticks-per-quarter division.")
-    if is_truncated(data):
-        raise InvalidMidiError(name, "damaged or truncated MIDI (it ends before its own chunk sizes say).")
+    if damage := midi_damage(data):
+        raise InvalidMidiError(name, f"damaged or truncated MIDI ({damage}).")
     try:
         score = Score.from_midi(data)
     except (RuntimeError, ValueError, UnicodeDecodeError) as error:
@@ -64,8 +103,10 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
         raise InvalidMidiError(name, "its header gives 0 ticks per quarter note.")
     if score.note_num() == 0:
         raise InvalidMidiError(name, "it holds no notes.")
-    if score.end() > MAX_QUARTERS * score.ticks_per_quarter:
+    if score.start() < 0 or score.end() > MAX_QUARTERS * score.ticks_per_quarter:
         raise InvalidMidiError(name, f"it is longer than {MAX_QUARTERS:,} quarter notes: a time in it is broken.")
+    if any(meter.numerator < 1 or meter.denominator not in (1, 2, 4, 8, 16, 32, 64) for meter in score.time_signatures):
+        raise InvalidMidiError(name, "it states a meter that has no bars.")
     stuck = [tempo for tempo in score.tempos if tempo.mspq <= 0]
     if stuck:
         warnings.warn(f"{name}: a tempo of 0 at tick {stuck[0].time} is ignored.", stacklevel=2)

@@ -10,25 +10,21 @@ performance.score.dump_midi("continuation.mid")
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from symusic import Score
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from perceivers import (
-    DurationLogitsProcessor,
-    NoteDurationLogitsProcessor,
-    PerceiverSForCausalLM,
-    PerceiverSTokenizer,
-)
+from perceivers.generation_perceivers import DurationLogitsProcessor, NoteDurationLogitsProcessor
+from perceivers.modeling_perceivers import PerceiverSForCausalLM
+from perceivers.tokenization_perceivers import PerceiverSTokenizer
 
-from . import MAX_NOTE_SECONDS, PROMPT_SECONDS, SECONDS
+from .defaults import MAX_NOTE_SECONDS, PROMPT_SECONDS, SECONDS
 from .midi import InvalidMidiError, read_score
-from .sampling import Generated, sampling_options, seeded
+from .sampling import TURN, Deadline, Generated, heard_warnings, sampling_options, seeded
 
 # Room for the seconds to end a piece, not the tokens: twice what dense piano takes, and a few chords.
 TOKENS_PER_SECOND, SPARE_TOKENS = 240, 256
@@ -66,25 +62,40 @@ def continue_performance(
 
     Args:
         prompt: path, bytes or score; its instruments are played as one piano, without the drums.
-        options: `temperature`, `top_p`, `seed`, `max_note_seconds`, `progress`; these, `seconds` and `max_tokens` (both
-            of the new music) as for `generate_performance`.
+        options: `temperature`, `top_p`, `seed`, `max_note_seconds`, `progress`, `time_limit`; these, `seconds` and
+            `max_tokens` (both of the new music) as for `generate_performance`.
 
     Raises:
         InvalidMidiError: the prompt cannot be read, or holds nothing for a piano.
         ValueError: as `generate_performance`; or `max_tokens` cannot end the notes that sound at the cut.
     """
+    return plan_continuation(model, tokenizer, prompt, prompt_seconds, seconds, max_tokens, **options).write()
+
+
+def plan_continuation(
+    model: PerceiverSForCausalLM,
+    tokenizer: PerceiverSTokenizer,
+    prompt: "str | os.PathLike | bytes | Score",
+    prompt_seconds: float = PROMPT_SECONDS,
+    seconds: float | None = SECONDS,
+    max_tokens: int | None = None,
+    **options,
+) -> "Plan":
+    """What `continue_performance` is about to write: everything is read and checked, and no token generated yet.
+
+    Arguments and errors are those of `continue_performance`.
+    """
     if not 0 < prompt_seconds < math.inf:
         raise ValueError(f"prompt_seconds {prompt_seconds} must be a positive number.")
     is_file = isinstance(prompt, str | os.PathLike)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard_warnings() as heard:
         score = read_score(prompt) if is_file or isinstance(prompt, bytes) else prompt
         try:
             ids, whole = (tokenizer.midi_to_ids(score, seconds=cut) for cut in (prompt_seconds, None))
         except ValueError as error:
             name = os.fspath(prompt) if is_file else "<bytes>" if isinstance(prompt, bytes) else "<score>"
             raise InvalidMidiError(name, str(error).removeprefix("<score>: ")) from error
-    remarks = _unheard(score) + sorted({str(warning.message).removeprefix("<score>: ") for warning in caught})
+    remarks = _unheard(score) + heard
     clock = _Clock(tokenizer)
     now = start = clock.steps(ids)
     if len(ids) == len(whole):
@@ -99,7 +110,7 @@ def continue_performance(
     if len(ids) > context:
         heard = clock.seconds(clock.steps(ids[-context:]))
         remarks.append(f"the prompt is longer than the context of {context:,} tokens: its last {heard:.0f} s are heard")
-    return _extend(model, tokenizer, ids, start, seconds, max_tokens, remarks, **options)
+    return Plan(model, tokenizer, ids, start, seconds, max_tokens, remarks, **options)
 
 
 def generate_performance(
@@ -119,75 +130,127 @@ def generate_performance(
         seed: same seed, same piece.
         max_note_seconds: a note that has sounded for so long is ended; `None` leaves that to the model.
         progress: called as `progress(seconds_done, notes)` whenever the music's clock moves.
+        time_limit: seconds of wall time after which the generation ends, within one token; the piece then ends where it
+            is, with the notes that sound there, and a remark says so.
 
     Raises:
         ValueError: an option outside its range, naming it; neither length given; or, for a model with learned absolute
             positions, more tokens than it has positions.
     """
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return _extend(model, tokenizer, ids, 0, seconds, max_tokens, [], **options)
+    return Plan(model, tokenizer, ids, 0, seconds, max_tokens, [], **options).write()
 
 
-def _extend(
-    model,
-    tokenizer,
-    ids: list[int],
-    start: int,
-    seconds: float | None,
-    max_tokens: int | None,
-    remarks: list[str],
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    max_note_seconds: float | None = MAX_NOTE_SECONDS,
-    progress: Callable[[float, int], None] | None = None,
-) -> Performance:
-    """Go on after `ids`; the new music begins `start` steps into the piece, at the ids' own end or up to 1 s later."""
-    if not ids:
-        raise ValueError("this vocabulary has no BOS to begin a piece with: continue a prompt that is not silent.")
-    if seconds is None and max_tokens is None:
-        raise ValueError("give seconds or max_tokens: one of them must end the piece.")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"seconds {seconds} must be a positive number.")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens {max_tokens} must be positive.")
-    sampling = sampling_options(temperature, top_p)
-    clock = _Clock(tokenizer)
-    wait = start - clock.steps(ids)
-    budget = _budget(model.config, len(ids), clock.sounding(ids), wait > 0, seconds, max_tokens)
-    processors = LogitsProcessorList()
-    if seconds is not None:
-        processors.append(DurationLogitsProcessor(model.config, clock.seconds(start) + seconds))
-    if max_note_seconds is not None:
-        processors.append(NoteDurationLogitsProcessor(model.config, max_note_seconds))
-    if wait:
-        processors.append(_FirstShift(len(ids), clock.shift(wait), clock.longest))
-    begin = time.perf_counter()
-    with seeded(seed):
-        output = model.generate(
-            torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-            max_new_tokens=budget,
-            logits_processor=processors,
-            streamer=None if progress is None else _Progress(clock, progress, -wait),
-            **sampling,
-        )[0].tolist()
-    new = output[len(ids) :]
-    music_seconds = clock.seconds(clock.steps(output) - start)
-    if seconds is not None and music_seconds < seconds - clock.step_s / 2:
-        remarks.append(f"the limit of {budget:,} new tokens ended the piece after {music_seconds:.2f} s")
-    if seconds is None and len(new) < budget:
-        remarks.append(f"the model ended the piece after {len(new):,} tokens, {music_seconds:.2f} s")
-    return Performance(
-        score=tokenizer.decode_midi(output),
-        ids=output,
-        prompt_seconds=clock.seconds(start),
-        notes=sum(map(clock.is_note_on, new)),
-        seconds=time.perf_counter() - begin,
-        music_seconds=music_seconds,
-        tokens=len(new),
-        remarks=remarks,
-    )
+@dataclass
+class Plan:
+    """A performance to be written: its beginning, its length and the rules it keeps. `write()` writes it.
+
+    Attributes:
+        ids: token ids to go on after.
+        start: steps of 10 ms into the piece at which the new music begins, at the end of `ids` or up to 1 s later.
+        seconds, max_tokens: length of the new music, as for `generate_performance`.
+        remarks: what was changed or left out so far.
+        temperature, top_p, seed, max_note_seconds, progress, time_limit: as for `generate_performance`.
+        wait: steps from the end of `ids` to `start`.
+        budget: tokens to write at most.
+
+    Raises:
+        ValueError: an option outside its range, naming it.
+    """
+
+    model: PerceiverSForCausalLM
+    tokenizer: PerceiverSTokenizer
+    ids: list[int]
+    start: int
+    seconds: float | None
+    max_tokens: int | None
+    remarks: list[str]
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    max_note_seconds: float | None = MAX_NOTE_SECONDS
+    progress: Callable[[float, int], None] | None = None
+    time_limit: float | None = None
+    sampling: dict = field(init=False)
+    wait: int = field(init=False)
+    budget: int = field(init=False)
+
+    def __post_init__(self):
+        ids, seconds, max_tokens = self.ids, self.seconds, self.max_tokens
+        if not ids:
+            raise ValueError("this vocabulary has no BOS to begin a piece with: continue a prompt that is not silent.")
+        if seconds is None and max_tokens is None:
+            raise ValueError("give seconds or max_tokens: one of them must end the piece.")
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"seconds {seconds} must be a positive number.")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens} must be positive.")
+        if self.time_limit is not None:
+            Deadline(self.time_limit)  # checked before anything waits for it
+        self.sampling = sampling_options(self.temperature, self.top_p)
+        clock = _Clock(self.tokenizer)
+        self.wait = self.start - clock.steps(ids)
+        self.budget = _budget(self.model.config, len(ids), clock.sounding(ids), self.wait > 0, seconds, max_tokens)
+        self.processors()  # raises what is wrong with the lengths
+
+    def processors(self) -> LogitsProcessorList:
+        """What holds the piece to its length and its notes to theirs."""
+        clock, processors = _Clock(self.tokenizer), LogitsProcessorList()
+        if self.seconds is not None:
+            processors.append(DurationLogitsProcessor(self.model.config, clock.seconds(self.start) + self.seconds))
+        if self.max_note_seconds is not None:
+            processors.append(NoteDurationLogitsProcessor(self.model.config, self.max_note_seconds))
+        if self.wait:
+            processors.append(_FirstShift(len(self.ids), clock.shift(self.wait), clock.longest))
+        return processors
+
+    def write(self) -> Performance:
+        """Generate the music; waits for its turn, as `notekit.compose` does."""
+        ids, clock = self.ids, _Clock(self.tokenizer)
+        with TURN:
+            begin = time.perf_counter()
+            deadline = None if self.time_limit is None else Deadline(self.time_limit)
+            with seeded(self.seed):
+                output = self.model.generate(
+                    torch.tensor([ids], device=self.model.device),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
+                    max_new_tokens=self.budget,
+                    logits_processor=self.processors(),
+                    stopping_criteria=StoppingCriteriaList([] if deadline is None else [deadline]),
+                    streamer=None if self.progress is None else _Progress(clock, self.progress, -self.wait),
+                    **self.sampling,
+                )[0].tolist()
+            return self.performance(output, time.perf_counter() - begin, deadline)
+
+    def performance(self, output: list[int], wall_seconds: float, deadline: Deadline | None) -> Performance:
+        """The performance of all ids, written in `wall_seconds`."""
+        clock, remarks, seconds = _Clock(self.tokenizer), list(self.remarks), self.seconds
+        new = output[len(self.ids) :]
+        music_seconds = max(clock.seconds(clock.steps(output) - self.start), 0.0)
+        short = seconds is not None and music_seconds < seconds - clock.step_s / 2
+        ended = output[-1] in _ends(self.model.config)
+        if deadline is not None and deadline.has_passed and len(new) < self.budget and not ended:
+            remarks.append(f"the time limit of {self.time_limit:g} s ended the piece after {music_seconds:.2f} s")
+        elif short:
+            remarks.append(f"the limit of {self.budget:,} new tokens ended the piece after {music_seconds:.2f} s")
+        elif seconds is None and len(new) < self.budget:
+            remarks.append(f"the model ended the piece after {len(new):,} tokens, {music_seconds:.2f} s")
+        return Performance(
+            score=self.tokenizer.decode_midi(output),
+            ids=output,
+            prompt_seconds=clock.seconds(self.start),
+            notes=sum(map(clock.is_note_on, new)),
+            seconds=wall_seconds,
+            music_seconds=music_seconds,
+            tokens=len(new),
+            remarks=remarks,
+        )
+
+
+def _ends(config) -> list[int]:
+    """The ids that end a piece."""
+    eos = config.eos_token_id
+    return list(eos) if isinstance(eos, list | tuple) else [eos]
 
 
 def _budget(config, prompt: int, sounding: int, waits: bool, seconds: float | None, max_tokens: int | None) -> int:

@@ -39,8 +39,8 @@ def find_soundfont() -> Path:
     return path
 
 
-def render_wav(path: str | os.PathLike, score: Score, sample_rate: int = 44100) -> Path:
-    """Write `score` as 16-bit stereo WAV, its loudest sample at -1 dB. Returns the path.
+def synthesize(score: Score, sample_rate: int = 44100) -> np.ndarray:
+    """`score` as sound: float32 of shape (2, samples), left and right, its loudest sample at -1 dB.
 
     Raises:
         MissingExtraError: no SoundFont.
@@ -50,7 +50,16 @@ def render_wav(path: str | os.PathLike, score: Score, sample_rate: int = 44100) 
     samples = Synthesizer(sf_path=str(find_soundfont()), sample_rate=sample_rate).render(score, stereo=True)
     samples = np.asarray(samples, dtype=np.float32)  # (2, samples)
     peak = float(np.abs(samples).max(initial=0.0))
-    samples = samples * (10 ** (-1 / 20) / peak if peak > 0 else 1.0)
+    return samples * np.float32(10 ** (-1 / 20) / peak if peak > 0 else 1.0)
+
+
+def render_wav(path: str | os.PathLike, score: Score, sample_rate: int = 44100) -> Path:
+    """Write `score` as 16-bit stereo WAV, its loudest sample at -1 dB. Returns the path.
+
+    Raises:
+        MissingExtraError: no SoundFont.
+    """
+    samples = synthesize(score, sample_rate)
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(2)

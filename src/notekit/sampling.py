@@ -1,12 +1,27 @@
-"""What generation in both families has in common: the result, the options of sampling, the seed."""
+"""What generation in both families has in common: the result, the options of sampling, seeds, turns, a time limit."""
 
 import math
-from collections.abc import Iterator
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from symusic import Score
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
+
+# One generation at a time: torch has one CPU random state for all threads, and a seed must give its music in each. A
+# model's decode step, too, has buffers for one generation.
+TURN = threading.RLock()
+
+# `warnings.catch_warnings` is the process's: two threads in it at once would hear each other's.
+_HEARING = threading.Lock()
+
+# Options of sampling besides temperature, top-k and top-p, and the value that turns each off (`None` does too).
+OTHER_WARPERS = {"min_p": 0.0, "top_h": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 @dataclass(kw_only=True)
@@ -49,6 +64,16 @@ def sampling_options(temperature: float | None, top_p: float | None) -> dict:
 
 
 @contextmanager
+def heard_warnings() -> Iterator[list[str]]:
+    """Warnings in here, of one thread at a time, are kept as remarks: sorted, without the name of the music."""
+    remarks: list[str] = []
+    with _HEARING, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield remarks
+    remarks += sorted({re.sub(r"^<(score|bytes)>: ", "", str(warning.message)) for warning in caught})
+
+
+@contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """The same seed gives the same music; the caller's random state comes back unchanged."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # manual_seed seeds them too
@@ -56,3 +81,109 @@ def seeded(seed: int | None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+class Deadline(StoppingCriteria):
+    """Ends a generation within one token after `seconds` of wall time, counted from when this was made.
+
+    Attributes:
+        has_passed: whether it has ended one.
+
+    Raises:
+        ValueError: seconds is not positive.
+    """
+
+    def __init__(self, seconds: float):
+        if not seconds > 0:
+            raise ValueError(f"time_limit {seconds} must be a positive number of seconds.")
+        self.end, self.has_passed = time.perf_counter() + seconds, False
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        self.has_passed = self.has_passed or time.perf_counter() >= self.end
+        return torch.full((len(input_ids),), self.has_passed, device=input_ids.device)
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's next token with that row's own random generator, so that a row does not hear its neighbours.
+
+    The last processor of `generate(do_sample=False)`: of every row it leaves one token. A row draws what
+    `generate(do_sample=True)` would draw for it alone, were it seeded as the row's generator is: `torch.multinomial`
+    takes the largest of the probabilities, each divided by a number from an exponential distribution.
+
+    Args:
+        generators: one a row, on the model's device.
+        limits: tokens that each row may have; a row draws no more, so that its generator can go on later where it is.
+        options: `temperature` and `top_p`.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], limits: Sequence[int], options: dict):
+        self.generators, self.limits, self.drawn, self.warpers = generators, limits, 0, []
+        if options["temperature"] != 1.0:
+            self.warpers.append(TemperatureLogitsWarper(float(options["temperature"])))
+        if options["top_p"] < 1.0:
+            self.warpers.append(TopPLogitsWarper(options["top_p"]))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        probabilities = scores.softmax(-1)  # (B, V)
+        noise = torch.ones_like(probabilities)
+        for row, (limit, generator) in enumerate(zip(self.limits, self.generators, strict=True)):
+            if self.drawn < limit:
+                noise[row].exponential_(generator=generator)
+        self.drawn += 1
+        chosen = (probabilities / noise).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def samples_by_row(config: GenerationConfig) -> bool:
+    """Whether `RowSampler` can do what this config asks of `generate()`: no beams, drafts or other ways of sampling.
+
+    And no row writes padding but after its end, which the grammar sees to.
+    """
+    others = any(getattr(config, name, None) not in (None, off) for name, off in OTHER_WARPERS.items())
+    drafts = any(getattr(config, name, None) for name in ("use_mtp", "prompt_lookup_num_tokens", "penalty_alpha"))
+    return getattr(config, "midi_grammar", True) and not (others or drafts or (config.num_beams or 1) > 1)
+
+
+def row_sampler(
+    config: GenerationConfig, sampling: dict, generators: Sequence[torch.Generator], limits: Sequence[int]
+) -> list[LogitsProcessor]:
+    """The last processors of `generate(do_sample=False)` that make it `generate(**sampling)`, row by row.
+
+    Args:
+        sampling: from `sampling_options`. For the likeliest token no processor is needed.
+    """
+    if not sampling["do_sample"]:
+        return []
+    options = {name: sampling.get(name, getattr(config, name)) for name in ("temperature", "top_p")}
+    options = {name: 1.0 if value is None else value for name, value in options.items()}
+    return [RowSampler(generators, limits, options)]
+
+
+def row_generators(seeds: Sequence[int | None], device: torch.device) -> list[torch.Generator]:
+    """A random generator for each seed; one for `None` is seeded at random."""
+    generators = [torch.Generator(device) for _ in seeds]
+    for generator, seed in zip(generators, seeds, strict=True):
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+    return generators
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T) of token ids of different lengths, as `generate()` takes them."""
+    width = max(map(len, rows))
+    lead = [width - len(row) for row in rows]
+    ids = [[pad_token_id] * pads + list(row) for pads, row in zip(lead, rows, strict=True)]
+    mask = [[0] * pads + [1] * len(row) for pads, row in zip(lead, rows, strict=True)]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def without_padding(new: Sequence[int], pad_token_id: int) -> list[int]:
+    """New tokens of one row up to where it ended."""
+    return list(new[: new.index(pad_token_id)] if pad_token_id in new else new)

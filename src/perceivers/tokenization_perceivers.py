@@ -9,6 +9,7 @@ Source: Performance RNN, Oore et al. 2018; Music Transformer, Huang et al. 2018;
 """
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -295,13 +296,51 @@ class PerceiverSTokenizer(PreTrainedTokenizer):
         }
 
 
-def is_truncated(data: bytes) -> bool:
-    """Whether a MIDI file ends before its own chunk sizes and track count say. Some readers return what they got."""
+def midi_damage(data: bytes) -> str:
+    """What is wrong with a MIDI file's chunks and events; "" for nothing.
+
+    Some readers return what they got of a broken file, and some crash: a note number above 127 has no place in memory.
+    """
+    delta = rb"[\x80-\xff]{0,3}[\x00-\x7f]"
+    two = rb"[\x80-\xbf\xe0-\xef][\x00-\x7f]{2}(?:" + delta + rb"[\x00-\x7f]{2})*+"
+    one = rb"[\xc0-\xdf][\x00-\x7f](?:" + delta + rb"[\x00-\x7f])*+"
+    events = delta + rb"(?:" + two + rb"|" + one + rb")"  # of one kind and channel, which only the first one states
+    run_of_events, stated, number, other_event = map(
+        re.compile, (rb"(?:" + events + rb")++", events, delta, rb"\xff[\x00-\x7f]|\xf0")
+    )
     position, missing = 8 + int.from_bytes(data[4:8], "big"), int.from_bytes(data[10:12], "big")
     while missing > 0 and position + 8 <= len(data):  # what follows the last track is nobody's loss
-        missing -= data[position : position + 4] == b"MTrk"
-        position += 8 + int.from_bytes(data[position + 4 : position + 8], "big")
-    return position > len(data) or missing > 0
+        at, end = position + 8, position + 8 + int.from_bytes(data[position + 4 : position + 8], "big")
+        is_track, position, latest = data[position : position + 4] == b"MTrk", end, None
+        running = 0
+        missing -= is_track
+        while is_track and at < end <= len(data):
+            if run := run_of_events.match(data, at, end):  # most of a file
+                at, latest, running = run.end(), run, None
+                continue
+            wait = number.match(data, at, end)
+            if wait is None or wait.end() == end:
+                return "a track ends inside an event"
+            at = wait.end()
+            if event := other_event.match(data, at, end):
+                length = number.match(data, event.end(), end)
+                size = 0
+                for byte in length[0] if length else b"":
+                    size = size << 7 | byte & 0x7F
+                if length is None or length.end() + size > end:
+                    return "a track ends inside an event"
+                if event[0] == b"\xff\x2f":  # the end of the track
+                    break
+                at = length.end() + size
+            else:  # an event without a status of its own after one of no channel, or nothing that can be read
+                if running is None:
+                    *_, last = stated.finditer(data, *latest.span())
+                    running = data[number.match(data, last.start()).end()]
+                size = 1 if 0xC0 <= running < 0xE0 else 2
+                if not running or len(values := data[at : min(at + size, end)]) < size or max(values) > 0x7F:
+                    return "an event of a kind or with values that no MIDI file has"
+                at += size
+    return "it ends before its own chunk sizes say" if position > len(data) or missing > 0 else ""
 
 
 def _read_score(source) -> tuple[str, Score]:
@@ -313,8 +352,8 @@ def _read_score(source) -> tuple[str, Score]:
         data = bytes(source)
         if data.startswith(b"MThd") and len(data) >= 14 and data[12] & 0x80:
             raise ValueError(f"{name}: times are SMPTE frames; export it with a ticks-per-quarter division.")
-        if data.startswith(b"MThd") and is_truncated(data):
-            raise ValueError(f"{name}: damaged or truncated MIDI (it ends before its own chunk sizes say).")
+        if data.startswith(b"MThd") and (damage := midi_damage(data)):
+            raise ValueError(f"{name}: damaged or truncated MIDI ({damage}).")
         try:
             source = Score.from_midi(data)
         except (RuntimeError, ValueError) as error:

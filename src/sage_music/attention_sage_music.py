@@ -40,6 +40,14 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
+def norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
+    """Each head's channels (..., d) normed, in their own dtype, which autocast may have chosen; no norm: unchanged."""
+    if norm is None:
+        return states
+    # Called as a module, of which a serving engine has its own, and in the dtype of its weight.
+    return norm(states.to(norm.weight.dtype)).to(states.dtype)
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Reference attention. query (B, H, T, d), key and value (B, h, S, d), additive mask; returns (B, T, H, d)."""
     groups = query.shape[1] // key.shape[1]
@@ -172,7 +180,7 @@ def plan_prefill(
     if implementation not in ("eager", "sdpa", "flex_attention"):
         raise ValueError(
             f"kv_routing='head' runs with attn_implementation 'sdpa', 'eager' or 'flex_attention', not "
-            f"{implementation!r}: its mask differs from head to head."
+            f"{implementation!r}: its mask differs from head to head. A model with kv_routing='token' runs with any."
         )
     group_of = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)], device=device)
     if implementation == "flex_attention":
@@ -237,11 +245,15 @@ class SageMusicAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
-        # (A, 2 * h * d, hidden_size): attribute a's keys, then its values.
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=config.attention_bias)
+        # (A, 2 * h * d, hidden_size): attribute a's keys, then its values; kv_bias (A, 2 * h * d) likewise.
         kv_width = 2 * self.num_key_value_heads * self.head_dim
         self.kv_weight = nn.Parameter(torch.empty(config.num_attributes, kv_width, config.hidden_size))
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.kv_bias = nn.Parameter(torch.empty(config.num_attributes, kv_width)) if config.attention_bias else None
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias)
+        # One norm for all heads and attributes.
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.fold = _HeadFold(config) if config.kv_routing == "head" else None
 
     def forward(
@@ -254,31 +266,45 @@ class SageMusicAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim)
+        query = norm_heads(query, self.q_norm)
         key, value = self.project_kv(hidden_states, plan).unbind(2)  # (B, T, h, d)
         query = apply_rotary(query, *position_embeddings).transpose(1, 2)
         key, value = apply_rotary(key, *position_embeddings).transpose(1, 2), value.transpose(1, 2)  # (B, h, T, d)
 
+        output = weights = None
         if plan.route is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, plan.route)
-            output, weights = self._attend_rows(query, key, value, plan.route), None
+            output = self._attend_rows(query, key, value, plan.route)
         elif self.fold is not None:
             if plan.gather is not None:
                 rows, kept = self._compact(key, plan.gather), self._compact(value, plan.gather)
             if past_key_values is not None:
                 past_key_values.layers[self.layer_idx].fill(torch.stack((rows, kept)))
             if plan.blocks is not None:
-                output, weights = self._attend_compact(query, rows, kept, key, value, plan), None
+                output = self._attend_compact(query, rows, kept, key, value, plan)
             else:
                 key, value = key[:, self.fold.kv_heads], value[:, self.fold.kv_heads]
-                output, weights = self._attend(query, key, value, plan.mask, **kwargs)
-        else:
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            output, weights = self._attend(query, key, value, plan.mask, **{**plan.varlen, **kwargs})
+        elif past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if output is None:
+            # Written out here, once: engines that bring their own attention look for this call in `forward`.
+            attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attention(
+                self,
+                query,
+                key,
+                value,
+                plan.mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **{**plan.varlen, **kwargs},
+            )
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def project_kv(self, hidden_states: torch.Tensor, plan: AttributePlan) -> torch.Tensor:
-        """(B, T, 2, h, d) keys and values by each token's own attribute."""
+        """(B, T, 2, h, d) keys, not yet rotated, and values, by each token's own attribute."""
         batch, length, width = hidden_states.shape
         if self.kv_weight.shape[0] == 1:
             states = F.linear(hidden_states, self.kv_weight[0])
@@ -295,14 +321,14 @@ class SageMusicAttention(nn.Module):
         else:
             every = F.linear(hidden_states, self.kv_weight.flatten(0, 1)).view(batch, length, len(self.kv_weight), -1)
             states = every.gather(2, plan.attribute_ids[..., None, None].expand(-1, -1, 1, every.shape[-1]))[:, :, 0]
-        return states.view(batch, length, 2, self.num_key_value_heads, self.head_dim)
-
-    def _attend(self, query, key, value, mask, **kwargs):
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        return attention(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if self.kv_bias is not None:
+            added = self.kv_bias.to(states.dtype)
+            states = states + (added[0] if len(added) == 1 else F.embedding(plan.attribute_ids, added))
+        states = states.view(batch, length, 2, self.num_key_value_heads, self.head_dim)
+        if self.k_norm is not None:
+            key, value = states.unbind(2)
+            states = torch.stack((norm_heads(key, self.k_norm), value), dim=2)
+        return states
 
     @staticmethod
     def _compact(states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
@@ -435,4 +461,4 @@ class _HeadFold:
         return output if self.even else output[:, self.put]
 
 
-__all__ = ["AttributePlan", "SageMusicAttention", "packed_sequences", "plan_prefill", "varlen_arguments"]
+__all__ = ["AttributePlan", "SageMusicAttention", "norm_heads", "packed_sequences", "plan_prefill", "varlen_arguments"]

@@ -17,6 +17,9 @@ class SageMusicConfig(PreTrainedConfig):
         num_key_value_heads: key-value heads *per attribute* (`h`). With `kv_routing="none"` there is one attribute, so
             this is the ordinary count: `num_attention_heads` is MHA, 1 is MQA, anything between is GQA.
         max_position_embeddings: context length in tokens.
+        attention_bias, attention_output_bias, mlp_bias: biases of the query, key and value projections, of attention's
+            output, and of the MLP's three layers; without any by default. Converted Llama-shaped models may have them.
+        qk_norm: an RMS norm over the channels of each query and key head before it is rotated, as in Qwen3.
 
     Attribute-specialized key-value heads:
         kv_routing: which earlier tokens a query head reads. `"head"`: heads are split into one group per attribute and
@@ -57,6 +60,10 @@ class SageMusicConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True

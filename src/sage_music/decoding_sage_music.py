@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_sage_music import FEW_TOKENS, AttributePlan
+from .attention_sage_music import FEW_TOKENS, AttributePlan, norm_heads
 from .cache_sage_music import CompactLayer
 
 # Weights of up to so many elements are multiplied in a layout of their own: 2 MB in float32.
@@ -221,7 +221,7 @@ class DecodeStep:
         for parts, buffer in zip(self.layers, buffers, strict=True):
             norm, next_norm, attention, query_of, add_mixed, gated, add_gated = parts
             normed = norm_rows(states, norm.weight)
-            query = query_of(normed).view(batch, length, -1, head_dim)
+            query = norm_heads(query_of(normed).view(batch, length, -1, head_dim), attention.q_norm)
             query = torch.addcmul(query * cos, query.roll(half, -1), sin)
             kv = attention.project_kv(normed.view(batch, length, width), plan)  # (B, T, 2, h, d)
             kv = torch.addcmul(kv * kv_cos, kv.roll(half, -1), kv_sin)

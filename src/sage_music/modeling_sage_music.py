@@ -4,6 +4,7 @@ Shapes: B batch, T tokens.
 """
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, StaticCache
-from transformers.generation import GenerationMixin
+from transformers.generation import ContinuousBatchingConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -86,9 +87,9 @@ class SageMusicMLP(nn.Module):
 
     def __init__(self, config: SageMusicConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -141,6 +142,8 @@ class SageMusicPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SageMusicAttention):
             init.normal_(module.kv_weight, mean=0.0, std=self.config.initializer_range)
+            if module.kv_bias is not None:
+                init.zeros_(module.kv_bias)
         elif isinstance(module, SageMusicRotaryEmbedding):
             inv_freq, _ = module.rope_init_fn(module.config)
             init.copy_(module.inv_freq, inv_freq)
@@ -175,6 +178,9 @@ def _token_codes(config: SageMusicConfig) -> torch.Tensor:
 class SageMusicModel(SageMusicPreTrainedModel):
     """The decoder without its language-model head."""
 
+    # The draft head, of which this part of a checkpoint knows nothing.
+    _keys_to_ignore_on_load_unexpected = [r"^draft\."]  # noqa: RUF012
+
     def __init__(self, config: SageMusicConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -182,7 +188,8 @@ class SageMusicModel(SageMusicPreTrainedModel):
         self.norm = SageMusicRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = SageMusicRotaryEmbedding(config)
         codes = None if config.kv_routing == "none" else _token_codes(config)
-        self.token_codes = None if codes is None else nn.Buffer(codes, persistent=False)
+        # On the default device: a serving engine builds the model there and moves nothing afterwards.
+        self.token_codes = None if codes is None else nn.Buffer(codes.to(torch.get_default_device()), persistent=False)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -331,6 +338,7 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         # With this flag on, loading would drop the entry that is our own: midi_grammar.
         self.generation_config._from_model_config = False
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # not the base model's: a draft head must have its place here
 
     @can_return_tuple
     def forward(
@@ -457,6 +465,48 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         if config.kv_routing == "head":
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        generation_config=None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **kwargs,
+    ):
+        """As in Transformers, whose `generate_batch` begins here; every request keeps the MIDI grammar.
+
+        Raises:
+            ValueError: `kv_routing="head"`, whose cache cannot be cut into pages; or asynchronous batches, which begin
+                before the tokens are known that the grammar reads.
+        """
+        if self.config.kv_routing == "head":
+            raise ValueError(
+                "kv_routing='head' has no continuous batching: its cache is compacted by attribute, and pages are not. "
+                "Call generate() with a batch of prompts, or train a model with kv_routing='token'."
+            )
+        # Not at the top: it rests on a module inside of Transformers, which may move; the model must load all the same.
+        from .batching_sage_music import RequestGrammarProcessor
+
+        chosen = generation_config if generation_config is not None else self.generation_config
+        grammar = self.config.grammar is not None and getattr(chosen, "midi_grammar", True)
+        if grammar:
+            chosen = copy(chosen)
+            chosen.midi_grammar = False  # the usual processor would get the last token of each request alone
+            options = copy(continuous_batching_config) if continuous_batching_config else ContinuousBatchingConfig()
+            if options.use_async_batching:
+                raise ValueError(
+                    "use_async_batching does not go with the MIDI grammar: batches begin before the tokens are known "
+                    "that it reads. Leave it out, or set midi_grammar=False in the generation config."
+                )
+            options.use_async_batching = False
+            continuous_batching_config = options
+        manager = super().init_continuous_batching(chosen, continuous_batching_config, **kwargs)
+        processors = manager.logit_processor
+        if grammar and not any(isinstance(known, RequestGrammarProcessor) for known in processors.logits_processor):
+            # First, as in `generate()`; a manager kept from the call before has it already.
+            processors.logits_processor.insert(0, RequestGrammarProcessor(self.config))
+            processors.tensors_required += 1
+            processors.do_processing = True
+        return manager
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

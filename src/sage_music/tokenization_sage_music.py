@@ -8,6 +8,7 @@ Source: REMI, Huang and Yang 2020; REMI+, von Rütte et al. 2022; MidiTok, Frade
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,8 +46,12 @@ class SageMusicTokenizer(PreTrainedTokenizer):
     and clipped there; velocities, tempos to the nearest bin; meters n/2 become 2n/4; meters MidiTok has no token for
     keep the meter before them. Sustain pedal, controllers and pitch bend have no tokens.
 
+    A MidiTok file may be of a smaller REMI: without meters, and then all is 4/4; without tempos; without programs, and
+    then all melodic tracks are one piano. Special tokens besides PAD, BOS and EOS, such as MASK, are in no music.
+
     Raises:
-        ValueError: for a MidiTok file that is not one-stream REMI with programs, velocities, durations and meters.
+        ValueError: for a MidiTok file that is not REMI with velocities and durations on every note, or has tokens of
+            other kinds (rests, chords, pedals, ...).
     """
 
     vocab_files_names = {"vocab_file": "miditok.json"}  # noqa: RUF012 (class variable of the base class)
@@ -104,6 +109,8 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         self._token_texts = ["+".join(tokens) or "Boundary" for tokens in self._base_tokens]
         self._token_ids = {text: index for index, text in enumerate(self._token_texts)}
         self._first_types = np.array([text.split("_")[0] for text in self._token_texts])
+        # Special tokens that no music holds, MASK for one: kinds of their own.
+        self._other_specials = [kind for kind in _special_kinds(self.miditok) if kind not in ATTRIBUTES["structure"]]
 
     # ---- the vocabulary, as Transformers asks for it
 
@@ -153,7 +160,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             ValueError: not MIDI, or no notes in it; the message names the file.
         """
         sequence = self.miditok.encode(self._prepare(self._load(source)), encode_ids=False)
-        tokens = sequence.tokens
+        tokens = (sequence if self.miditok.one_token_stream else sequence[0]).tokens
         if bars is not None:
             tokens = tokens[: _bar_end(tokens, bars)]
         sequence = TokSequence(tokens=tokens)
@@ -170,8 +177,8 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             name, source = os.fspath(source), Path(source).read_bytes()
         if isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
-            if data.startswith(b"MThd") and is_truncated(data):
-                raise ValueError(f"{name}: damaged or truncated MIDI (it ends before its own chunk sizes say).")
+            if data.startswith(b"MThd") and (damage := midi_damage(data)):
+                raise ValueError(f"{name}: damaged or truncated MIDI ({damage}).")
             try:
                 source = Score.from_midi(data)
             except (RuntimeError, ValueError) as error:
@@ -197,6 +204,8 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             name = track.name.strip().upper()
             if counts[track.program] > 1 and name in self.track_programs:
                 track.program = self.track_programs[name]
+        if not self.miditok.config.use_programs:
+            score.tracks = type(score.tracks)([_one_track(score)])
         supported = set(self.miditok.time_signatures)
         kept = []
         for meter in score.time_signatures:
@@ -220,7 +229,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
 
     def base_tokens(self, ids: Iterable[int]) -> list[str]:
         """The base tokens (`"Pitch_60"`) of `ids`, merged tokens taken apart, PAD, BOS and EOS left out."""
-        special = set(self.all_special_ids)
+        special = {*self.all_special_ids, *(self._token_ids[f"{kind}_None"] for kind in self._other_specials)}
         tokens: list[str] = []
         for index in ids:
             self._convert_id_to_token(int(index))
@@ -240,21 +249,22 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         tokens = self.base_tokens(ids)
         if bars is not None:
             tokens = tokens[: _bar_end(tokens, bars)]
-        return self.miditok._tokens_to_score(TokSequence(tokens=tokens))
+        sequence = TokSequence(tokens=tokens)
+        return self.miditok._tokens_to_score(sequence if self.miditok.one_token_stream else [sequence])
 
     def transpose_ids(self, ids: np.ndarray, semitones: int) -> np.ndarray:
         """`ids` with every melodic pitch moved by `semitones`; drums stay. Untrained (non-BPE) vocabularies only.
 
         Raises:
-            ValueError: a BPE vocabulary, or a pitch that would leave 0-127.
+            ValueError: a BPE vocabulary, or a pitch that would leave the vocabulary's.
         """
         if self.miditok.is_trained:
             raise ValueError("transpose the score, not the ids, under a BPE vocabulary: its tokens hold whole notes.")
-        first = self._token_ids["Pitch_0"]
-        melodic = (ids >= first) & (ids < first + 128)
+        first, last = (self._token_ids[f"Pitch_{pitch}"] for pitch in self.miditok.config.pitch_range)
+        melodic = (ids >= first) & (ids <= last)
         moved = np.where(melodic, ids + semitones, ids)
-        if np.any(melodic & ((moved < first) | (moved >= first + 128))):
-            raise ValueError(f"transposing by {semitones} semitones leaves the MIDI pitch range.")
+        if np.any(melodic & ((moved < first) | (moved > last))):
+            raise ValueError(f"transposing by {semitones} semitones leaves the vocabulary's pitch range.")
         return moved
 
     def crop_ids(self, ids: np.ndarray, start: int) -> np.ndarray:
@@ -281,8 +291,9 @@ class SageMusicTokenizer(PreTrainedTokenizer):
 
     def config_fields(self) -> dict:
         """Keyword arguments for `SageMusicConfig`: vocabulary size, special ids, attribute map and grammar."""
-        types = [name for group in ATTRIBUTES.values() for name in group]
+        types = [*(name for group in ATTRIBUTES.values() for name in group), *self._other_specials]
         attribute_of = {name: index for index, group in enumerate(ATTRIBUTES.values()) for name in group}
+        attribute_of |= dict.fromkeys(self._other_specials, list(ATTRIBUTES).index("structure"))
         kinds = [[token.split("_")[0] for token in tokens] or ["PAD"] for tokens in self._base_tokens]
         follows = self._may_follow()
         features = [self._grammar_features(tokens) for tokens in self._base_tokens]
@@ -305,25 +316,31 @@ class SageMusicTokenizer(PreTrainedTokenizer):
         }
 
     def _may_follow(self) -> dict[str, set[str]]:
-        note = {"Program", "Pitch", "PitchDrum"} if self.miditok.config.program_changes else {"Program"}
+        config = self.miditok.config
+        note = {"Pitch", "PitchDrum"}
+        if config.use_programs:
+            note = {"Program"} | note if config.program_changes else {"Program"}
+        bar_content = {"Position", "Bar", "EOS"}
         return {
             "PAD": {"PAD", "BOS"},
             "BOS": {"Bar"},
             "EOS": {"PAD", "EOS"},
-            "Bar": {"TimeSig"},
-            "TimeSig": {"Position", "Bar", "EOS"},
+            "Bar": {"TimeSig"} if config.use_time_signatures else bar_content,
+            "TimeSig": bar_content,
             "Position": {"Tempo"} | note,
-            "Tempo": {"Position", "Bar", "EOS"} | note,
+            "Tempo": bar_content | note,
             "Program": {"Pitch", "PitchDrum"},
             "Pitch": {"Velocity"},
             "PitchDrum": {"Velocity"},
             "Velocity": {"Duration"},
-            "Duration": {"Position", "Bar", "EOS"} | note,
+            "Duration": bar_content | note,
+            **{kind: {"BOS", "Bar"} for kind in self._other_specials},
         }
 
     def _grammar_features(self, tokens: Sequence[str]) -> dict[str, int]:
         """What one token asks of the bar it lands in, and leaves behind; see `MidiGrammarLogitsProcessor`."""
         positions_per_beat = self.miditok.config.max_num_pos_per_beat
+        use_programs = self.miditok.config.use_programs
         found = {
             "bars": 0,  # bar lines in the token
             "first_position": -1,  # first and last Position before any bar line; -1: none
@@ -351,31 +368,94 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             elif kind == "Program":
                 found["drum_after"] = int(value == "-1")
             elif kind in ATTRIBUTES["pitch"] and found["drum_after"] == -2 and found["drum_needed"] == -1:
-                found["drum_needed"] = int(kind == "PitchDrum")
+                found["drum_needed"] = int(kind == "PitchDrum") if use_programs else -1
         return found
+
+
+def _special_kinds(miditok: REMI) -> list[str]:
+    """Kinds of the special tokens, `"PAD"` of `PAD_None`."""
+    return [token.split("_")[0] for token in miditok.special_tokens]
 
 
 def _check_supported(miditok: REMI):
     config = miditok.config
-    needed = ("use_programs", "one_token_stream_for_programs", "use_velocities", "use_time_signatures")
-    missing = [name for name in needed if not getattr(config, name)]
-    known = {name for group in ATTRIBUTES.values() for name in group}
-    extra = sorted({token.split("_")[0] for token in miditok.vocab} - known)
-    if missing or extra or not config.using_note_duration_tokens:
+    programs = ("one_token_stream_for_programs", "use_pitchdrum_tokens") if config.use_programs else ()
+    missing = [name for name in ("use_velocities", *programs) if not getattr(config, name)]
+    durations = set(config.programs if config.use_programs else [0]) <= set(config.use_note_duration_programs)
+    missing += [] if durations else ["Duration tokens on every note"]
+    missing += [f"the special token {kind}" for kind in ("PAD", "BOS", "EOS") if kind not in _special_kinds(miditok)]
+    known = {name for group in ATTRIBUTES.values() for name in group} | set(_special_kinds(miditok))
+    extra = {token.split("_")[0] for token in miditok.vocab} - known
+    extra |= {token for token in miditok.vocab if token.startswith("Bar_") and token != "Bar_None"}
+    if missing or extra:
         raise ValueError(
             "this MidiTok vocabulary is not the REMI+ that SAGE-Music reads: "
-            f"it needs {', '.join(missing) or 'Duration tokens on every note'}"
-            f"{'; it has unknown token types ' + ', '.join(extra) if extra else ''}."
+            + "; ".join(
+                ([f"it needs {', '.join(missing)}"] if missing else [])
+                + ([f"it has unknown token types {', '.join(sorted(extra))}"] if extra else [])
+            )
+            + "."
         )
 
 
-def is_truncated(data: bytes) -> bool:
-    """Whether a MIDI file ends before its own chunk sizes and track count say. Some readers return what they got."""
+def _one_track(score: Score) -> Track:
+    """All melodic notes of a score as one piano, or its drums where there is nothing else."""
+    heard = [track for track in score.tracks if not track.is_drum and len(track.notes)] or list(score.tracks)
+    left = sum(len(track.notes) for track in score.tracks) - sum(len(track.notes) for track in heard)
+    if left:
+        warnings.warn(f"no tokens for programs: {left} drum notes are left out", stacklevel=5)
+    whole = Track(program=0, is_drum=heard[0].is_drum)
+    for track in heard:
+        whole.notes.extend(track.notes)
+    whole.sort()
+    return whole
+
+
+def midi_damage(data: bytes) -> str:
+    """What is wrong with a MIDI file's chunks and events; "" for nothing.
+
+    Some readers return what they got of a broken file, and some crash: a note number above 127 has no place in memory.
+    """
+    delta = rb"[\x80-\xff]{0,3}[\x00-\x7f]"
+    two = rb"[\x80-\xbf\xe0-\xef][\x00-\x7f]{2}(?:" + delta + rb"[\x00-\x7f]{2})*+"
+    one = rb"[\xc0-\xdf][\x00-\x7f](?:" + delta + rb"[\x00-\x7f])*+"
+    events = delta + rb"(?:" + two + rb"|" + one + rb")"  # of one kind and channel, which only the first one states
+    run_of_events, stated, number, other_event = map(
+        re.compile, (rb"(?:" + events + rb")++", events, delta, rb"\xff[\x00-\x7f]|\xf0")
+    )
     position, missing = 8 + int.from_bytes(data[4:8], "big"), int.from_bytes(data[10:12], "big")
     while missing > 0 and position + 8 <= len(data):  # what follows the last track is nobody's loss
-        missing -= data[position : position + 4] == b"MTrk"
-        position += 8 + int.from_bytes(data[position + 4 : position + 8], "big")
-    return position > len(data) or missing > 0
+        at, end = position + 8, position + 8 + int.from_bytes(data[position + 4 : position + 8], "big")
+        is_track, position, latest = data[position : position + 4] == b"MTrk", end, None
+        running = 0
+        missing -= is_track
+        while is_track and at < end <= len(data):
+            if run := run_of_events.match(data, at, end):  # most of a file
+                at, latest, running = run.end(), run, None
+                continue
+            wait = number.match(data, at, end)
+            if wait is None or wait.end() == end:
+                return "a track ends inside an event"
+            at = wait.end()
+            if event := other_event.match(data, at, end):
+                length = number.match(data, event.end(), end)
+                size = 0
+                for byte in length[0] if length else b"":
+                    size = size << 7 | byte & 0x7F
+                if length is None or length.end() + size > end:
+                    return "a track ends inside an event"
+                if event[0] == b"\xff\x2f":  # the end of the track
+                    break
+                at = length.end() + size
+            else:  # an event without a status of its own after one of no channel, or nothing that can be read
+                if running is None:
+                    *_, last = stated.finditer(data, *latest.span())
+                    running = data[number.match(data, last.start()).end()]
+                size = 1 if 0xC0 <= running < 0xE0 else 2
+                if not running or len(values := data[at : min(at + size, end)]) < size or max(values) > 0x7F:
+                    return "an event of a kind or with values that no MIDI file has"
+                at += size
+    return "it ends before its own chunk sizes say" if position > len(data) or missing > 0 else ""
 
 
 def _bar_end(tokens: Sequence[str], bars: int) -> int:

@@ -111,6 +111,15 @@ def test_progress_counts_bars_and_notes(loaded):
     assert calls == sorted(calls) and calls[-1][1] == piece.notes
 
 
+def test_a_time_limit_ends_a_piece_with_a_whole_bar(loaded):
+    piece = continue_score(*loaded, band(bars=4, seed=1), bars=200, seed=0, time_limit=1.0)
+    assert piece.bars < 200 and piece.seconds < 3
+    assert piece.remarks == [f"the time limit of 1 s ended the piece after {piece.bars} of 200 bars"]
+    assert bars_in(piece.score).max() < 4 + piece.bars
+    whole = continue_score(*loaded, band(bars=4, seed=1), bars=piece.bars + 1, seed=0, time_limit=60)
+    assert whole.remarks == [] and whole.ids[: len(piece.ids)] == piece.ids[: len(whole.ids)]
+
+
 def test_what_tokens_cannot_hold_is_said(loaded):
     prompt = band(bars=4)
     prompt.tracks[0].controls.append(ControlChange(0, 7, 90))
@@ -158,9 +167,22 @@ def test_sampling_is_the_checkpoint_s_own_unless_told(loaded):
     assert cold.ids == generate_piece(*loaded, bars=2, temperature=0).ids != told.ids
 
 
+def test_a_prompt_has_a_bar(loaded):
+    with pytest.raises(ValueError, match="prompt_bars 0"):
+        continue_score(*loaded, band(bars=1), prompt_bars=0)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"bars": 0}, {"temperature": -1}, {"top_p": 0}, {"programs": [200]}, {"tempo": 5}, {"time_signature": "4"}],
+    [
+        {"time_limit": 0},
+        {"bars": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"programs": [200]},
+        {"tempo": 5},
+        {"time_signature": "4"},
+    ],
     ids=str,
 )
 def test_options_out_of_range_are_named(loaded, options):

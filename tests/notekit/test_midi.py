@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 
 import mido
 import numpy as np
@@ -12,6 +14,7 @@ from notekit.midi import (
     InvalidMidiError,
     bar_ticks,
     bar_times,
+    midi_damage,
     notes_from_score,
     read_notes,
     read_score,
@@ -42,8 +45,19 @@ NOTE = b"\0\x90\x3c\x40\x60\x80\x3c\0"
         (midi_file(NOTE + END, division=0), "0 ticks"),
         (midi_file(END), "no notes"),
         (midi_file(b"\xff\xff\xff\x7f" + NOTE[1:] + END, division=4), "longer than"),
+        (midi_file((b"\xff\xff\xff\x7f" + NOTE[1:]) * 9 + END, division=4), "longer than"),
+        (midi_file(b"\0\x9f\xbc\x40\0\x8f\xbc\0" + NOTE + END), "values that no MIDI file has"),
+        (midi_file(b"\0\x3c\x40" + NOTE + END), "of a kind"),
+        (midi_file(NOTE + b"\0\xf7\1\0" + END), "of a kind"),
+        (midi_file(NOTE + b"\0\xff\1\x50" + END), "inside an event"),
+        (midi_file(NOTE + b"\0\x90\x3c"), "inside an event|values"),
+        (midi_file(b"\0\xff\x58\4\4\x1f\x18\x08" + NOTE + END), "meter"),
+        (midi_file(b"\0\xff\x58\4\0\2\x18\x08" + NOTE + END), "meter"),
     ],
-    ids=["empty", "wav", "truncated", "smpte", "no-division", "no-notes", "endless"],
+    ids=[
+        *("empty", "wav", "truncated", "smpte", "no-division", "no-notes", "endless", "overflow"),
+        *("note-188", "no-status", "escape", "long-text", "cut-event", "meter-of-2-to-31", "meter-of-0"),
+    ],
 )
 def test_what_cannot_be_read_says_why_and_where(tmp_path, data, reason):
     path = tmp_path / "strange.mid"
@@ -70,6 +84,41 @@ def test_every_truncation_of_a_file_is_refused(tokenizer):
         with pytest.raises(ValueError, match="<bytes>"):
             tokenizer.midi_to_ids(data[:length])
     assert len(read_notes(data + b"trailing bytes")) == len(read_notes(data))
+
+
+def test_statuses_that_go_on():
+    """An event may leave out the status of the one before it, also after an event that is no channel's."""
+    text = b"\0\xff\1\2hi"
+    events = b"\0\x90\x3c\x40\x60\x3c\0" + text + b"\0\x40\x40\x60\x40\0\0\xc0\5" + text + b"\0\6"
+    assert midi_damage(midi_file(events + END)) == ""
+    assert read_notes(midi_file(b"\0\x90\x3c\x40\x60\x3c\0" + END))["pitch"].tolist() == [60]
+
+
+MUTATIONS = """
+import sys
+import numpy as np
+from notekit.midi import InvalidMidiError, midi_damage, read_score
+data, rng, kept = open(sys.argv[1], "rb").read(), np.random.default_rng(0), 0
+for _ in range(2000):
+    broken = bytearray(data)
+    for at in rng.integers(14, len(data), rng.integers(1, 6)):
+        broken[at] = rng.integers(256)
+    try:
+        read_score(bytes(broken))
+        kept += 1
+    except InvalidMidiError:
+        pass
+print(kept)
+"""
+
+
+def test_no_broken_file_crashes_the_reader(tmp_path):
+    """Of some the reader in C++ would write beyond its tables."""
+    path = tmp_path / "band.mid"
+    path.write_bytes(band(bars=2).dumps_midi())
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", MUTATIONS, path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+    assert 0 < int(run.stdout) < 2000
 
 
 def test_a_tempo_of_zero_is_said_and_left_out():

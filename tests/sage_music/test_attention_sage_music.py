@@ -125,6 +125,59 @@ def test_token_routing_projects_each_token_by_its_attribute(tokenizer, prompts):
         assert not torch.allclose(routed(prompts).logits[:, 10:], plain(prompts).logits[:, 10:], atol=1e-2)
 
 
+def biased(tokenizer, routing: str, **options):
+    """With all biases, and norms of queries and keys, none of them at its beginning."""
+    switches = ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")
+    model = tiny_model(tokenizer, routing, **dict.fromkeys(switches, True), **options)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+                weight.add_(torch.randn_like(weight) * 0.5)
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_biases_and_norms_are_the_same_cached_and_uncached(tokenizer, prompts, routing, implementation):
+    model = biased(tokenizer, routing).double()
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(prompts)
+    if implementation == "sdpa":  # eager's softmax is float32, in which a padded row of a float64 mask is undefined
+        mask[1, :9] = 0
+    with torch.no_grad():
+        whole = model(prompts, attention_mask=mask).logits
+        cache, parts, start = None, [], 0
+        for size in (60, 25, *[1] * 10, 4, 21):  # many tokens, few of them, and one
+            seen = mask[:, : start + size]
+            piece = model(prompts[:, start : start + size], attention_mask=seen, past_key_values=cache, use_cache=True)
+            cache, start = piece.past_key_values, start + size
+            parts.append(piece.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_an_attribute_has_its_own_bias_and_shares_the_norm(tokenizer, prompts):
+    model = biased(tokenizer, "token")
+    attention, seen = model.model.layers[0].self_attn, {}
+    attention.register_forward_pre_hook(lambda module, args: seen.update(states=args[0], plan=args[1]))
+    with torch.no_grad():
+        model(prompts)
+        states, ids = seen["states"], seen["plan"].attribute_ids
+        weight, bias = attention.kv_weight[ids], attention.kv_bias[ids]  # (B, T, 2 * d, hidden), (B, T, 2 * d)
+        key, value = ((weight @ states[..., None])[..., 0] + bias).chunk(2, dim=-1)
+        key = key / (key.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attention.k_norm.weight
+        found = attention.project_kv(states, seen["plan"])
+    torch.testing.assert_close(found.flatten(2), torch.cat((key, value), dim=-1), atol=1e-4, rtol=1e-4)
+    assert ids.unique().numel() > 3
+
+
+def test_biases_and_norms_train_under_autocast(tokenizer, prompts):
+    model = biased(tokenizer, "head", initializer_range=0.02).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(prompts, labels=prompts).loss.backward()
+    silent = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert silent == []
+
+
 def test_flash_attention_is_refused_for_head_routing(tokenizer, prompts):
     model = tiny_model(tokenizer, "head")
     model.config._attn_implementation = "flash_attention_2"

@@ -41,6 +41,21 @@ def test_the_step_equals_the_modules(tokenizer, prompts, routing, sizes, rows):
     assert cache.get_seq_length() == plain.get_seq_length() and torch.equal(cache.lengths, plain.lengths)
 
 
+@pytest.mark.parametrize("routing", ROUTED)
+def test_the_step_knows_biases_and_norms_of_queries_and_keys(tokenizer, prompts, routing):
+    switches = ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")
+    model = tiny_model(tokenizer, routing, **dict.fromkeys(switches, True))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                weight.add_(torch.randn_like(weight) * 0.3)
+    model.double()
+    for sizes in ([60] + [1] * 30, [50, 4, 1, 16, 2]):
+        expected, _ = logits_of(model, prompts, sizes, None)
+        got, _ = logits_of(model, prompts, sizes, DecodeStep(model.model))
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+
 def test_single_precision_differs_by_rounding_alone(tokenizer, prompts):
     model = tiny_model(tokenizer, "head", initializer_range=0.1)
     expected, _ = logits_of(model, prompts[:1], [60] + [1] * 30, None)

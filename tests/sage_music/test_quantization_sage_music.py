@@ -91,3 +91,12 @@ def test_layers_that_do_not_fit_stay_and_are_named(tokenizer):
         quantize_int8(model)
     assert type(model.model.layers[1].mlp.down_proj) is nn.Linear
     assert isinstance(model.model.layers[1].mlp.up_proj, Int8Linear)
+
+
+def test_layers_with_a_bias_stay_and_generate(tokenizer, prompts):
+    model = tiny_model(tokenizer, "head", attention_bias=True, mlp_bias=True, qk_norm=True)
+    with pytest.warns(UserWarning, match="8 layers stay in float32 because they have a bias"):
+        quantize_int8(model)
+    attention = model.model.layers[0].self_attn
+    assert type(attention.q_proj) is nn.Linear and isinstance(attention.o_proj, Int8Linear)
+    assert model.generate(prompts[:1], do_sample=False, max_new_tokens=10, min_new_tokens=10).shape[1] == 130

@@ -4,10 +4,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from conftest import DATA, band, notes_of
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-from sage_music import SageMusicTokenizer
+from sage_music import MidiGrammarLogitsProcessor, SageMusicConfig, SageMusicTokenizer
 
 
 def test_all_sources_give_the_same_ids(tokenizer, tmp_path):
@@ -153,12 +154,57 @@ def test_wrong_inputs_are_named(tokenizer):
         tokenizer.midi_to_ids(np.zeros(3, dtype=[("pitch", "i2")]))
 
 
-def test_another_miditok_vocabulary_is_refused(tmp_path):
+def smaller(folder, **options) -> SageMusicTokenizer:
+    """A tokenizer of MidiTok's file with these options."""
     from miditok import REMI, TokenizerConfig
 
-    REMI(TokenizerConfig(use_programs=False)).save(tmp_path / "remi.json")
-    with pytest.raises(ValueError, match="use_programs"):
-        SageMusicTokenizer(vocab_file=str(tmp_path / "remi.json"))
+    REMI(TokenizerConfig(**options)).save(folder / "remi.json")
+    return SageMusicTokenizer(vocab_file=str(folder / "remi.json"))
+
+
+@pytest.mark.parametrize(
+    "options, missing",
+    [
+        ({"use_programs": True, "one_token_stream_for_programs": False}, "one_token_stream_for_programs"),
+        ({"use_programs": True, "use_pitchdrum_tokens": False}, "use_pitchdrum_tokens"),
+        ({"use_programs": True, "use_note_duration_programs": [0, 1]}, "Duration"),
+        ({"use_velocities": False}, "use_velocities"),
+        ({"use_rests": True}, "Rest"),
+        ({"use_chords": True}, "Chord"),
+        ({"use_bar_end_tokens": True}, "Bar_End"),
+        ({"special_tokens": ["PAD", "BOS"]}, "EOS"),
+    ],
+)
+def test_another_miditok_vocabulary_is_refused(tmp_path, options, missing):
+    with pytest.raises(ValueError, match=missing):
+        smaller(tmp_path, **options)
+
+
+@pytest.mark.parametrize("meters", [True, False])
+@pytest.mark.parametrize("programs", [True, False])
+def test_smaller_vocabularies_of_others(tmp_path, meters, programs):
+    """Without meters, programs or tempos, and with special tokens of its own, in an order of its own."""
+    specials = ["PAD", "MASK", "EOS", "BOS"]
+    music = smaller(tmp_path, use_time_signatures=meters, use_programs=programs, special_tokens=specials)
+    assert (music.pad_token_id, music.eos_token_id, music.bos_token_id) == (0, 2, 3)
+    assert len(music) == music.vocab_size == len(music.miditok.vocab)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids = music.midi_to_ids(band(bars=4))
+    assert bool(caught) != programs  # 32 notes of drums find no place on one piano
+    decoded = music.decode_midi(ids)
+    assert decoded.note_num() == 4 * (6 + 3 + 8 * programs)
+    assert music.midi_to_ids(decoded) == ids
+    # Every step of its own music is allowed by its own grammar, and MASK is at no step.
+    grammar = MidiGrammarLogitsProcessor(SageMusicConfig(**music.config_fields()))
+    for end in range(1, len(ids)):
+        allowed = grammar.allowed(torch.tensor([ids[:end]]))[0]
+        assert allowed[ids[end]] and not allowed[1]
+    assert music.decode_midi([*ids[:60], 1, *ids[60:]]).note_num() == decoded.note_num()
+    high = np.array([music.convert_tokens_to_ids("Pitch_109")])  # the highest that these have
+    assert music.convert_ids_to_tokens(music.transpose_ids(high, -88).tolist()) == ["Pitch_21"]
+    with pytest.raises(ValueError, match="1 semitones"):
+        music.transpose_ids(high, 1)
 
 
 @pytest.mark.data
