@@ -28,6 +28,8 @@ from notekit.compose import continue_score
 from notekit.midi import InvalidMidiError, read_notes, read_score
 from notekit.perform import continue_performance
 
+pytestmark = pytest.mark.xdist_group("handler")  # one export and one server for all
+
 HANDLER = Path(__file__).resolve().parents[2] / "model_cards" / "handler.py"
 END = b"\0\xff\x2f\0"
 NOTE = b"\0\x90\x3c\x40\x60\x80\x3c\0"  # middle C for 96 ticks

@@ -23,6 +23,8 @@ import pytest
 from notekit.midi import read_score
 from notekit.notes import note_array
 
+pytestmark = pytest.mark.xdist_group("space")  # one app and one browser for all
+
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "model_cards" / "space"
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
