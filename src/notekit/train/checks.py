@@ -42,7 +42,11 @@ def check_arguments(model: ModelArguments, data: DataArguments, watch: WatchArgu
             "--train_sampling_strategy: the datasets shuffle themselves, so that a resumed run sees what an "
             "uninterrupted one does",
         ),
-        (args.push_to_hub, "--push_to_hub: it would publish the run's folder; upload OUTPUT/best when it is done"),
+        (
+            args.push_to_hub,
+            "--push_to_hub: it would publish the run's folder; when it is done, python -m conversion.push_to_hub "
+            "OUTPUT/best user/name",
+        ),
         (
             args.fsdp and args.device.type == "cpu",
             "--fsdp: it shards over accelerators, and would be passed over on CPUs",
