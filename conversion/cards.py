@@ -42,8 +42,17 @@ TASKS = frozenset(
     zero-shot-object-detection""".split()
 )
 
-# Licenses whose derivatives keep them.
-SHARE_ALIKE = re.compile(r"cc-by-(nc-)?sa-|gpl|osl-|odbl")
+# Licenses that derivatives keep: by sharing alike, or because they forbid some uses of them.
+KEPT = re.compile(r"-(sa|nc|nd)-|gpl|gfdl|eupl-|osl-|odbl|cdla-sharing|rail|noncommercial|llama|gemma")
+
+# What a card's examples load, as the export writes it: the name of a repository.
+LOADED = re.compile(r"""pipeline\(\s*["']midi-continuation["'],\s*(?:model=)?["']([\w.-]+/[\w.-]+)["']""")
+# What a card says where the repository has no name yet.
+PLACEHOLDER = "USER/NAME"
+
+# Fields that are one word or one line.
+TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "new_version", "thumbnail")
+TEXTS += ("base_model_relation", "model_name")
 
 # What an example of a widget may give to the model.
 WIDGET_INPUTS = {"text", "src", "messages", "source_sentence", "structured_data", "table"}
@@ -63,13 +72,11 @@ def check_card(text: str, name: str = "README.md") -> ModelCardData:
     Raises:
         CardError: no metadata, or a field that the Hub would refuse or misunderstand.
     """
-    block = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    if block is None:
+    raw = _metadata(text, name)
+    if raw is None:
         raise CardError(f"{name}: no metadata: a model card begins with YAML between two lines of ---.")
     try:
-        raw, data = yaml.safe_load(block[1]), ModelCard(text).data
-    except yaml.YAMLError as error:
-        raise CardError(f"{name}: its metadata is no YAML ({' '.join(str(error).split())}).") from error
+        data = ModelCard(text).data
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         field = "model-index" if "model" in str(error) or "eval" in str(error) else "metadata"
         raise CardError(f"{name}: {field}: {' '.join(str(error).split())}") from error
@@ -78,8 +85,37 @@ def check_card(text: str, name: str = "README.md") -> ModelCardData:
     return data
 
 
+def stated_license(text: str, name: str) -> str | None:
+    """The license that any card states, on which `check_card` may find much else wrong; None where it states none.
+
+    Raises:
+        CardError: the metadata are no YAML, or the license is no identifier.
+    """
+    license = (_metadata(text, name) or {}).get("license")
+    if license is not None and not isinstance(license, str):
+        raise CardError(f"{name}: license: {license!r} is no identifier such as apache-2.0.")
+    return license
+
+
+def _metadata(text: str, name: str) -> dict | None:
+    """A card's YAML; None where it has none."""
+    block = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    if block is None:
+        return None
+    try:
+        raw = yaml.safe_load(block[1])
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a ValueError: a date such as 2026-99-99
+        raise CardError(f"{name}: its metadata is no YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(raw, dict):
+        raise CardError(f"{name}: its metadata is no mapping of fields.")
+    return raw
+
+
 def _problems(data: ModelCardData, raw: dict):
     """What is wrong, as `field: what`; `raw` are the metadata before huggingface_hub puts them in order."""
+    for field in TEXTS:
+        if raw.get(field) is not None and not isinstance(raw[field], str):
+            yield f"{field}: {raw[field]!r} is no word."
     if data.license is None:
         yield "license: missing; it is an identifier such as apache-2.0."
     elif data.license not in LICENSES:
@@ -88,8 +124,9 @@ def _problems(data: ModelCardData, raw: dict):
         yield "license_name: missing; license `other` needs a name."
     if data.pipeline_tag is not None and data.pipeline_tag not in TASKS:
         yield f"pipeline_tag: {data.pipeline_tag!r} is no task of the Hub's; text-generation is one."
-    if data.library_name is not None and not isinstance(data.library_name, str):
-        yield f"library_name: {data.library_name!r} is no name."
+    new_version = raw.get("new_version")
+    if new_version is not None and not _is_repo_id(new_version):
+        yield f"new_version: {new_version!r} is no name on the Hub (user/name)."
     for field in ("tags", "metrics"):
         value = raw.get(field)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
@@ -144,8 +181,21 @@ def _is_repo_id(value) -> bool:
 
 
 def keeps_license(base: str, chosen: str) -> bool:
-    """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell."""
-    return chosen == base or not SHARE_ALIKE.match(base)
+    """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell.
+
+    A license that some derivatives may leave for a kindred one, such as lgpl-3.0 for gpl-3.0, counts as kept too.
+    """
+    return chosen == base or not KEPT.search(base)
+
+
+def named(text: str, repo_id: str) -> str:
+    """A card of the repository `repo_id`: instead of the placeholder, and in blocks of code of another one's name."""
+    text = text.replace(PLACEHOLDER, repo_id)
+    loaded = LOADED.findall(text)
+    if not loaded or repo_id in loaded:
+        return text
+    older = re.compile(rf"(?<![\w./-]){re.escape(loaded[0])}(?![\w/-]|\.\w)")
+    return re.sub(r"```.*?```", lambda block: older.sub(repo_id, block[0]), text, flags=re.DOTALL)
 
 
 def make_card(
@@ -290,4 +340,13 @@ def _results(report: dict | None) -> list[EvalResult] | None:
     ]
 
 
-__all__ = ["CardError", "check_card", "keeps_license", "make_card", "without_samples"]
+__all__ = [
+    "PLACEHOLDER",
+    "CardError",
+    "check_card",
+    "keeps_license",
+    "make_card",
+    "named",
+    "stated_license",
+    "without_samples",
+]

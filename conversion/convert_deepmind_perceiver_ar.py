@@ -147,6 +147,8 @@ def convert(
         raise ConversionError(f"{heads} heads do not divide the attention's {inner} channels: say --heads.")
     head_dim = inner // heads
     channels = int(head_dim * rotated / 2) * 2
+    if channels < 2:
+        raise ConversionError(f"rotated ({rotated}) of a head's {head_dim} channels is less than a pair of them.")
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": width,

@@ -22,10 +22,20 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conversion.weights import ConversionError, check_output, load_into, load_state, remap, run_command
+from conversion.weights import (
+    ConversionError,
+    check_output,
+    load_into,
+    load_state,
+    new_folder,
+    read_json,
+    remap,
+    run_command,
+)
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 
 LAYER, ATTENTION, MLP = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
@@ -75,8 +85,9 @@ SHARED_FIELDS = (
     *("hidden_act", "max_position_embeddings", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"),
     "initializer_range",
 )
-# What a generation config keeps: how to sample, not the ids, which are the tokenizer's.
-NOT_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+# What a generation config keeps: how to sample. Ids are the tokenizer's, and lengths the music's.
+SAMPLING = ("temperature", "top_p", "top_k")
+CARRIED = ("do_sample", "repetition_penalty", *SAMPLING)
 
 TOKENIZER_FILES = ("miditok.json", "tokenizer.json", "tokenizer.conf")
 # How key-value heads become fewer.
@@ -107,12 +118,7 @@ def convert(
     source = Path(source)
     if output is not None:
         check_output(output)
-    if not (source / "config.json").is_file():
-        raise ConversionError(f"{source}: no config.json: give a folder that Transformers saved.")
-    try:
-        stock = AutoConfig.from_pretrained(source)
-    except Exception as error:  # whatever reading a stranger's config raises
-        raise ConversionError(f"{source}: its config cannot be read: {' '.join(str(error).split())}") from error
+    stock = read_config(source)
     music = read_tokenizer(source, tokenizer)
     fields = music.config_fields()
     config = config_of(stock, fields, source, context)
@@ -131,13 +137,45 @@ def convert(
 
     model = SageMusicForCausalLM(config).to(tensors["model.norm.weight"].dtype).eval()
     load_into(model, tensors)
-    if (source / "generation_config.json").is_file():
-        carried = GenerationConfig.from_pretrained(source).to_diff_dict()
-        model.generation_config.update(**{name: carried[name] for name in carried if name not in NOT_CARRIED})
+    model.generation_config.update(**_sampling_of(source))
     if output is not None:
-        model.save_pretrained(output)
-        music.save_pretrained(output)
+        save(output, model, music)
     return model, music
+
+
+def save(output, model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer) -> None:
+    """Write a checkpoint folder, new or empty, whole or not at all."""
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def read_config(source: Path) -> PreTrainedConfig:
+    """The config of a folder of one of `KINDS`, by Transformers' own class: Python beside it is never run.
+
+    Raises:
+        ConversionError: there is none, or one of another kind, or it contradicts itself.
+    """
+    fields = read_json(source / "config.json")
+    if not fields:
+        raise ConversionError(f"{source}: no config.json: give a folder that Transformers saved.")
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConversionError(f"{source}: a model of the type {kind!r}; this converter reads {', '.join(KINDS)}.")
+    try:
+        return CONFIG_MAPPING[kind].from_dict(fields)
+    except Exception as error:  # whatever the fields of a stranger's config raise
+        raise ConversionError(f"{source}: its config cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _sampling_of(source: Path) -> dict:
+    """Of `CARRIED` what the folder's generation config says; without do_sample, values of sampling mean nothing."""
+    file = source / "generation_config.json"
+    carried = {name: value for name, value in read_json(file).items() if name in CARRIED and value is not None}
+    idle = [name for name in SAMPLING if name in carried and not carried.get("do_sample")]
+    if idle:
+        warnings.warn(f"{file}: {', '.join(idle)} without do_sample: left out", stacklevel=3)
+    return {name: value for name, value in carried.items() if name not in idle}
 
 
 def read_tokenizer(source: Path, file=None) -> SageMusicTokenizer:
@@ -171,10 +209,6 @@ def config_of(stock: PreTrainedConfig, fields: dict, source, context: int | None
     Raises:
         ConversionError: SAGE-Music cannot say it.
     """
-    if stock.model_type not in KINDS:
-        raise ConversionError(
-            f"{source}: a model of the type {stock.model_type!r}; this converter reads {', '.join(KINDS)}."
-        )
     if getattr(stock, "quantization_config", None):
         raise ConversionError(f"{source}: quantised weights: convert the model that they were made of.")
     rope = dict(stock.rope_parameters or {})
@@ -184,6 +218,11 @@ def config_of(stock: PreTrainedConfig, fields: dict, source, context: int | None
         raise ConversionError(
             f"{source}: only {rope['partial_rotary_factor']} of a head's channels are rotated; SAGE-Music rotates all."
         )
+    if rope.get("original_max_position_embeddings") and rope.get("factor") is None:
+        # Transformers takes the ratio of the two lengths then, which must stay as it is in a shorter context.
+        rope["factor"] = stock.max_position_embeddings / rope["original_max_position_embeddings"]
+    if stock.hidden_act not in ACT2FN:
+        raise ConversionError(f"{source}: the unknown activation {stock.hidden_act!r}.")
     window = getattr(stock, "sliding_window", None)
     if stock.model_type != "mistral" and "sliding_attention" not in (getattr(stock, "layer_types", None) or ()):
         window = None
@@ -197,7 +236,8 @@ def config_of(stock: PreTrainedConfig, fields: dict, source, context: int | None
             f"{source}: attention sees a sliding window of {window} of {length} tokens, which SAGE-Music does not do. "
             f"Up to {window} tokens the window hides nothing: --context {window} converts exactly for that length."
         )
-    options = {name: getattr(stock, name) for name in SHARED_FIELDS} | {"max_position_embeddings": length}
+    options = {name: getattr(stock, name) for name in SHARED_FIELDS}
+    options |= {"max_position_embeddings": length, "rope_parameters": rope}
     for name, said in KINDS[stock.model_type].items():
         options[name] = bool(getattr(stock, said)) if isinstance(said, str) else said
     head_dim = getattr(stock, "head_dim", None) or stock.hidden_size // stock.num_attention_heads
@@ -369,8 +409,7 @@ def main(argv=None) -> int:
             model, tokenizer = convert(options.source, None, options.tokenizer, options.context)
             if options.attributes:
                 model = pool_heads(model, options.attributes, options.kv_heads, options.pooling)
-            model.save_pretrained(options.output)
-            tokenizer.save_pretrained(options.output)
+            save(options.output, model, tokenizer)
         for warning in caught:
             print(f"note: {warning.message}", file=sys.stderr)
         if options.attributes:

@@ -168,6 +168,10 @@ def _fields(state: Mapping[str, Tensor], sizes: Mapping, layers: int) -> dict:
         context = rows
     latents = sizes.get("max_latents", min(DEFAULTS["max_latents"], context))
     rotary = sizes.get("num_self_attention_rotary_layers", DEFAULTS["num_self_attention_rotary_layers"])
+    if not -1 <= rotary <= layers:
+        raise ConversionError(
+            f"{rotary} rotary layers: the model has {layers}: say --rotary-layers, 0..{layers} of them, or -1: all."
+        )
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,

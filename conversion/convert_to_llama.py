@@ -23,7 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from conversion.convert_llama import ATTENTION, HEAD, OPTIONAL_WEIGHTS, SHARED_FIELDS, WEIGHTS
-from conversion.weights import ConversionError, check_output, load_into, remap, run_command
+from conversion.weights import ConversionError, check_output, load_into, new_folder, remap, run_command
 from notekit.checkpoint import load
 from sage_music import SageMusicConfig, SageMusicForCausalLM
 
@@ -72,8 +72,9 @@ def convert(checkpoint, output=None) -> LlamaForCausalLM:
         warnings.warn("the draft head is left out: a Llama has none", stacklevel=2)
     llama = llama_of(model, checkpoint)
     if output is not None:
-        llama.save_pretrained(output)
-        tokenizer.save_vocabulary(output)
+        with new_folder(output) as folder:
+            llama.save_pretrained(folder)
+            tokenizer.save_vocabulary(folder)
     return llama
 
 

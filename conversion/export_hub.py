@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizer
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from notekit.checkpoint import BUNDLED, load
 from notekit.compose import continue_score
@@ -33,12 +32,23 @@ from notekit.midi import write_midi
 from notekit.perform import continue_performance
 from notekit.render import MissingExtraError, render_piano_roll, render_wav
 
-from .cards import check_card, keeps_license, make_card, without_samples
+from .cards import PLACEHOLDER, check_card, keeps_license, make_card, named, without_samples
 from .flattening import ROOT, SRC, flatten, project
-
-TASK = "midi-continuation"
-# What a card says where the repository has no name yet.
-PLACEHOLDER = "USER/NAME"
+from .provenance import (
+    TASK,
+    ExportError,
+    base_of,
+    bundled_name,
+    file_of,
+    is_there,
+    licenses_of,
+    lineage,
+    own_card,
+    pipeline_module,
+    read_mapping,
+    read_report,
+    read_text,
+)
 
 
 class Family(NamedTuple):
@@ -58,16 +68,16 @@ FAMILIES = {
 PROMPTS = {"sage_music": "ode_to_joy.mid", "perceivers": "greensleeves.mid"}
 SAMPLE_RATE = 22_050  # half of a CD's, so that a page plays it soon
 
-# Names that an export may have; a folder with others is not replaced.
-OWN_NAMES = ("*.safetensors", "*.safetensors.index.json", "*_sage_music.py", "*_perceivers.py", "notekit_*.py")
+# Names that an export's files may have; a folder with others is neither replaced nor sent.
+OWN_NAMES = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+OWN_NAMES += ("*_sage_music.py", "*_perceivers.py", "notekit_*.py")
 OWN_NAMES += ("config.json", "generation_config.json", "tokenizer_config.json", "miditok.json", "handler.py")
-OWN_NAMES += ("requirements.txt", "README.md", "LICENSE", "NOTICE.md", "samples")
+OWN_NAMES += ("requirements.txt", "README.md", "LICENSE", "NOTICE.md")
+SAMPLES = ("samples/prompt.mid", *(f"samples/continuation.{kind}" for kind in ("mid", "wav", "png")))
+# What Python, a download and the Hub leave in it.
+PASSED_OVER = ("__pycache__", ".cache", ".gitattributes")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class ExportError(ValueError):
-    """A checkpoint that cannot be exported as asked. `str()` says what to do."""
 
 
 def export(
@@ -95,7 +105,7 @@ def export(
         license, license_name: identifier of the weights' license, for a card that is made; by default the base's, where
             that is known. The name belongs to the license `other`.
         base_model: name on the Hub of what the weights were made from, for a card that is made; by default the name by
-            which an adapter or a training run knows its base.
+            which an adapter or a training run knows its base, where the Hub has one of that name.
         datasets: names on the Hub of the training data, for a card that is made.
         max_shard_size: of one file of weights.
         samples: write `samples/`: a prompt, its continuation, their sound and picture.
@@ -106,7 +116,8 @@ def export(
     Raises:
         CheckpointError: the checkpoint does not load.
         CardError: the card's metadata is wrong; the message names the field.
-        ExportError: the folder holds something else, or the license is unknown or not allowed.
+        ExportError: the folder holds something else, a file beside the checkpoint is damaged, or the license is
+            unknown or not what the weights' own, or that of those that they were made from, allows.
         FlatteningError: a module that the pipeline needs cannot travel.
         MissingExtraError: samples need extras that are not installed.
     """
@@ -120,15 +131,16 @@ def export(
     title = output.name if repo_id is None else repo_id.partition("/")[2]
     text = _card_text(origin, model, title, card, facts)
     text = text if samples else without_samples(text)
-    _check_license(check_card(text).license, _base_of(origin))
+    text = text if repo_id is None else named(text, repo_id)
+    _check_license(check_card(text).license, origin)
     with _written_whole(output) as folder:
         if samples:
             write_samples(model, tokenizer, folder / "samples")
         write_code(model.config.model_type, folder)
         _write_weights(model, origin, folder, max_shard_size)
         _write_tokenizer(tokenizer, model.config.model_type, folder)
-        (folder / "README.md").write_text(text.replace(PLACEHOLDER, repo_id or PLACEHOLDER), encoding="utf-8")
-        notice = _file_of(origin, "NOTICE.md") or _file_of(_base_of(origin), "NOTICE.md")
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        notice = next(filter(None, (file_of(ancestor, "NOTICE.md") for ancestor in lineage(origin))), None)
         if notice is not None:
             shutil.copyfile(notice, folder / "NOTICE.md")
     return output
@@ -136,7 +148,7 @@ def export(
 
 def is_export(folder: str | os.PathLike) -> bool:
     """Whether a folder is what `export` writes."""
-    module = _pipeline_module(os.fspath(folder)) if os.path.isdir(folder) else None
+    module = pipeline_module(os.fspath(folder)) if os.path.isdir(folder) else None
     names = (f"{module}.py", "handler.py", "README.md")
     return module is not None and all(Path(folder, name).is_file() for name in names)
 
@@ -151,12 +163,30 @@ def check_replaceable(output: Path) -> None:
         return
     if not output.is_dir():
         raise ExportError(f"{output}: is a file; give a folder.")
-    names = sorted(path.name for path in output.iterdir())
-    if names and not is_export(output):
+    if any(output.iterdir()) and not is_export(output):
         raise ExportError(f"{output}: not empty, and not an export; choose another folder.")
-    others = [name for name in names if not any(fnmatch.fnmatchcase(name, own) for own in OWN_NAMES)]
+    own_files(output)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file of a repository is one that an export may have; `name` with slashes, from the root."""
+    return name in SAMPLES or ("/" not in name and any(fnmatch.fnmatchcase(name, own) for own in OWN_NAMES))
+
+
+def own_files(folder: Path) -> list[str]:
+    """The files of an export by name, without caches.
+
+    Raises:
+        ExportError: there are other things in the folder.
+    """
+    paths = sorted([*folder.iterdir(), *folder.glob("samples/*")])
+    found = {path.relative_to(folder).as_posix(): path for path in paths if path.name not in PASSED_OVER}
+    if (folder / "samples").is_dir():
+        del found["samples"]
+    others = [name for name, path in found.items() if not is_own(name) or not path.is_file()]
     if others:
-        raise ExportError(f"{output}: an export with other things in it ({', '.join(others[:3])}): move them away.")
+        raise ExportError(f"{folder}: an export with other things in it ({', '.join(others[:3])}): move them away.")
+    return list(found)
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -246,18 +276,17 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizer, model_type: str, folder: Pa
 
 def _stored_dtypes(origin: str) -> dict[str, torch.dtype]:
     """The types of a checkpoint's tensors by name; of an adapter, its base's."""
-    index = _file_of(origin, "model.safetensors.index.json")
-    single = _file_of(origin, "model.safetensors")
+    index = file_of(origin, "model.safetensors.index.json")
+    single = file_of(origin, "model.safetensors")
     if single is not None:
         files = [single]
     elif index is not None:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [path for path in (_file_of(origin, shard) for shard in shards) if path is not None]
+        files = [file_of(origin, shard) for shard in sorted(set(read_mapping(index)["weight_map"].values()))]
     else:
-        base = _base_of(origin)
+        base = base_of(origin)
         return {} if base is None else _stored_dtypes(base)
     found = {}
-    for path in files:
+    for path in filter(None, files):
         with safe_open(path, framework="pt") as tensors:
             for key in tensors.keys():
                 dtype = DTYPES.get(tensors.get_slice(key).get_dtype())
@@ -266,82 +295,27 @@ def _stored_dtypes(origin: str) -> dict[str, torch.dtype]:
     return found
 
 
-def _file_of(origin: str | None, name: str) -> Path | None:
-    """A file of a folder or of a repository on the Hub; None where there is none."""
-    if origin is None:
-        return None
-    if os.path.isdir(origin):
-        path = Path(origin, name)
-        return path if path.is_file() else None
-    try:
-        found = cached_file(origin, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return None if found is None else Path(found)
-
-
-def _base_of(origin: str | None) -> str | None:
-    """What a checkpoint was made from, where it tells: a folder or a Hub name. Training begun anew has no base."""
-    adapter, run = _file_of(origin, "adapter_config.json"), Path(origin or "", "..", "run.json")
-    base = None
-    if adapter is not None and _file_of(origin, "config.json") is None:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    elif os.path.isdir(origin or "") and run.is_file():  # what `sage-music train` leaves beside best/ and adapter/
-        base = json.loads(run.read_text(encoding="utf-8")).get("model")
-    if not base or base == origin or base.endswith(".json"):
-        return None
-    return str(BUNDLED.get(base, base))
-
-
-def _bundled_name(origin: str | None) -> str | None:
-    """The name of a bundled checkpoint's card, by its folder."""
-    if origin is None:
-        return None
-    return next((f.name for f in BUNDLED.values() if Path(origin).resolve() == f.resolve()), None)
-
-
-def _own_card(origin: str | None) -> Path | None:
-    """The card of a bundled checkpoint, of an export or of one on the Hub."""
-    bundled = _bundled_name(origin)
-    if bundled is not None:
-        return ROOT / "model_cards" / f"{bundled}.md"
-    return _file_of(origin, "README.md") if _pipeline_module(origin) is not None else None
-
-
-def _pipeline_module(origin: str | None) -> str | None:
-    """The file of the custom pipeline that a checkpoint's config names; None where it names none of ours."""
-    path = _file_of(origin, "config.json")
-    try:
-        impl = json.loads(path.read_text(encoding="utf-8"))["custom_pipelines"][TASK]["impl"]
-        module = impl.split(".")[0]
-    except (AttributeError, OSError, ValueError, KeyError, TypeError):
-        return None
-    return module if _file_of(origin, f"{module}.py") is not None else None
-
-
-def _license_of(base: str | None) -> str | None:
-    """The license of a base, where its card tells."""
-    own = _own_card(base) or _file_of(base, "README.md")
-    try:
-        return None if own is None else ModelCard.load(own).data.license
-    except ValueError:
-        return None
-
-
 def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dict) -> str:
-    """The card to write, with the placeholder for the repository's name."""
-    card = _own_card(origin) if card is None else Path(card)
+    """The card to write, with the placeholder for the repository's name where it is made here."""
+    card = own_card(origin) if card is None else Path(card)
     if card is not None:
         given = [name for name, value in facts.items() if value]
         if given:
             raise ExportError(f"{given[0]} is for a card that is made; this checkpoint's is {card}: change it there.")
-        return card.read_text(encoding="utf-8")
-    base, report = _base_of(origin), Path(origin, "..", "report.json")
-    license = facts["license"] or _license_of(base)
+        return read_text(card)
+    license = facts["license"] or next((known for _, known, _ in licenses_of(origin)), None)
     if license is None:
         raise ExportError(f"{origin}: the license of these weights is not known: give --license, such as apache-2.0.")
+    base = base_of(origin)
+    if base is not None and not facts["base_model"] and not is_there(base):
+        print(
+            f"note: {base}, which these weights were made from, is no folder here and was not found on the Hub: its "
+            "license was not looked at. The card does not name it: --base-model does.",
+            file=sys.stderr,
+        )
+        base = None
     on_hub = base is not None and not os.path.isdir(base)
-    bundled = _bundled_name(base)
+    bundled = bundled_name(base)
     return make_card(
         title,
         PLACEHOLDER,
@@ -351,15 +325,18 @@ def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dic
         base=f"`{bundled}`, which the package sage-music ships" if bundled else f"`{base}`" if on_hub else None,
         base_model=facts["base_model"] or (base if on_hub else None),
         datasets=facts["datasets"],
-        report=json.loads(report.read_text(encoding="utf-8")) if os.path.isdir(origin) and report.is_file() else None,
+        report=read_report(origin),
     )
 
 
-def _check_license(license: str, base: str | None) -> None:
-    """Weights made from share-alike ones stay so."""
-    known = _license_of(base)
-    if known is not None and not keeps_license(known, license):
-        raise ExportError(f"license {license}: the weights were made from {known} ones, which must be shared alike.")
+def _check_license(license: str, origin: str) -> None:
+    """Weights have a license that theirs, and those of all that they were made from, allow."""
+    for ancestor, known, card in licenses_of(origin):
+        if not keeps_license(known, license):
+            raise ExportError(
+                f"license {license}: the weights of {bundled_name(ancestor) or ancestor} are {known} (so says {card}), "
+                "and what is made of them keeps that license."
+            )
 
 
 @contextmanager

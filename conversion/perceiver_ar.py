@@ -1,6 +1,5 @@
 """What the converters of Perceiver AR checkpoints share: vocabularies, the model of renamed tensors, its folder."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import logging
 
-from conversion.weights import ConversionError, load_into
+from conversion.weights import ConversionError, load_into, new_folder, read_json
 from perceivers import PerceiverSConfig, PerceiverSForCausalLM, PerceiverSTokenizer
 
 # Performance events are 388 ids in every vocabulary here; what comes after them tells the vocabularies apart. The first
@@ -88,16 +87,17 @@ def build(
 
 
 def save(output, model: PerceiverSForCausalLM, tokenizer: PerceiverSTokenizer | None = None) -> None:
-    """Write a checkpoint folder; without a tokenizer it holds the model alone."""
+    """Write a checkpoint folder, whole or not at all; without a tokenizer it holds the model alone."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(output)
+        with new_folder(output) as folder:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     finally:
         if bars:
             logging.enable_progress_bar()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(output)
 
 
 def report(output, model: PerceiverSForCausalLM, tokenizer: PerceiverSTokenizer | None = None) -> None:
@@ -123,11 +123,4 @@ def report(output, model: PerceiverSForCausalLM, tokenizer: PerceiverSTokenizer 
 def read_config(source) -> dict:
     """The `config.json` in the folder `source`, or beside the file `source`; `{}` where there is none."""
     source = Path(source)
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path}: not readable as JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return read_json((source if source.is_dir() else source.parent) / "config.json")

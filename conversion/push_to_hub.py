@@ -2,14 +2,17 @@
 
     python -m conversion.push_to_hub sage-music user/sage-music-6m --private
 
-What `conversion.export_hub` writes is checked, then sent in one commit. An upload that was interrupted is resumed by
-the same command: what has arrived is not sent again. Of an older export on the Hub no file stays that the new one has
-not. The token is the one of `hf auth login`, of `HF_TOKEN` or of `--token`, and is never printed.
+What `conversion.export_hub` writes is checked, then sent in one commit; other things in the folder are refused. An
+upload that was interrupted is resumed by the same command: what has arrived is not sent again. Of an older export on
+the Hub no file stays that the new one has not; files that are no export's stay. The token is the one of `hf auth
+login`, of `HF_TOKEN` or of `--token`, and is never printed.
 """
 
 import argparse
+import glob
 import inspect
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,8 +25,8 @@ from huggingface_hub.utils import disable_progress_bars, logging
 
 from notekit.render import MissingExtraError
 
-from .cards import check_card
-from .export_hub import OWN_NAMES, PLACEHOLDER, add_card_arguments, card_options, check_repo_id, export, is_export
+from .cards import check_card, named
+from .export_hub import add_card_arguments, card_options, check_repo_id, export, is_export, is_own, own_files
 
 # httpx's or httpx2's, whichever huggingface_hub is built on.
 HTTPError = HfHubHTTPError.__bases__[0]
@@ -77,12 +80,13 @@ def push(
         _make_repository(api, repo_id, private, exist_ok)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        older = [name for name in api.list_repo_files(repo_id, revision=revision) if is_own(name)]
         info = api.upload_folder(
             folder_path=staged,
             repo_id=repo_id,
             revision=revision,
             commit_message=message or f"{Path(checkpoint).name} by sage-music",
-            delete_patterns=[f"{name}/*" if name == "samples" else name for name in OWN_NAMES],
+            delete_patterns=[glob.escape(name) for name in older],
         )
     return info.oid
 
@@ -92,6 +96,8 @@ def _logged_in(token: str | None) -> tuple[HfApi, str]:
     token = token or get_token()
     if not token:
         raise PushError("no token: log in by `hf auth login`, or set HF_TOKEN.")
+    if not re.fullmatch("[!-~]+", token):
+        raise PushError("the token has characters that no token has: copy it again.")
     api = HfApi(token=token)
     with _errors_of("the token", None):
         found = api.whoami()
@@ -101,16 +107,19 @@ def _logged_in(token: str | None) -> tuple[HfApi, str]:
 
 
 def _staged(folder: Path, staged: Path, repo_id: str) -> Path:
-    """Links to an export's files, and its card with the repository's name in it."""
-    for path in sorted(folder.rglob("*")):
-        place = staged / path.relative_to(folder)
-        if path.is_file():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(path.resolve())
+    """Links to an export's files, and its card with the repository's name in it.
+
+    Raises:
+        ExportError: there are other things in the folder.
+    """
+    for name in own_files(folder):
+        place = staged / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to((folder / name).resolve())
     card = staged / "README.md"
     text = card.read_text(encoding="utf-8")
     card.unlink()
-    card.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
+    card.write_text(named(text, repo_id), encoding="utf-8")
     return staged
 
 

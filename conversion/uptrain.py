@@ -8,10 +8,12 @@ fraction of the tokens that it was trained on before. `--pooling mean` averages 
 have most in common, and begins better. How much helps: `model_cards/results/uptraining-cpu.md`.
 
 The training is `sage-music train`: every option of it may follow (`--learning_rate`, `--block_size`, `--bf16`, ...).
-`OUTPUT/pooled` is the model before it, `OUTPUT/best` the result. Called again, an interrupted run goes on.
+`OUTPUT/pooled` is the model before it, `OUTPUT/best` the result. Called again, an interrupted run goes on; one that
+began from other heads is refused.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -19,8 +21,9 @@ import warnings
 from pathlib import Path
 
 from conversion.convert_llama import KINDS, POOLINGS, convert, pool_heads
-from conversion.weights import ConversionError, run_command
+from conversion.weights import ConversionError, read_json, run_command
 from notekit.checkpoint import load
+from notekit.midi import write_atomic
 from notekit.train.arguments import parse
 from notekit.train.command import main as train
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
@@ -28,6 +31,8 @@ from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 # What the options say, not this command: how long to train, on which model, and where to.
 TAKEN = ("--max_steps", "--num_train_epochs", "--model", "--output", "--output_dir")
 BLOCK_SIZE = 1024  # as in `sage-music train`
+# In the folder of the pooled model, what it was made of.
+RECORD = "pooled_from.json"
 
 
 def read_source(source) -> tuple[SageMusicForCausalLM, SageMusicTokenizer]:
@@ -36,11 +41,7 @@ def read_source(source) -> tuple[SageMusicForCausalLM, SageMusicTokenizer]:
     Raises:
         ConversionError, notekit.checkpoint.CheckpointError: it is neither.
     """
-    file = Path(source) / "config.json"
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
-    except (ValueError, AttributeError):
-        kind = None  # the loader says what is wrong
+    kind = str(read_json(Path(source) / "config.json").get("model_type"))
     model, tokenizer = convert(source) if kind in KINDS else load(source)
     if not isinstance(model, SageMusicForCausalLM):
         raise ConversionError(f"{source}: a {type(model).__name__}; only SAGE-Music has heads by attribute.")
@@ -61,14 +62,34 @@ def steps_of(fraction: float, original_tokens: float, tokens_a_step: int) -> int
 def pool(source, output, routing: str, kv_heads: int = 1, pooling: str = "mean") -> Path:
     """Write the pooled model of `source` and its tokenizer; returns the folder, `output/pooled`.
 
+    One that is there already stays as it is: the run in `output` began from it.
+
     Raises:
-        ConversionError, notekit.checkpoint.CheckpointError: as `read_source` and `pool_heads`.
+        ConversionError, notekit.checkpoint.CheckpointError: as `read_source` and `pool_heads`; or `output/pooled` was
+            made of another model, or with other arguments.
     """
     model, tokenizer = read_source(source)
-    folder = Path(output) / "pooled"
-    pool_heads(model.float(), routing, kv_heads, pooling).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model, folder = model.float(), Path(output) / "pooled"
+    record = {"weights": _digest(model), "routing": routing, "kv_heads": kv_heads, "pooling": pooling}
+    kept = read_json(folder / RECORD)
+    if not kept:
+        pool_heads(model, routing, kv_heads, pooling).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_atomic(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())  # last: all before it is there
+    elif kept != record:
+        others = ", ".join(
+            f"{name} {kept.get(name)!r}, not {record[name]!r}" for name in record if kept.get(name) != record[name]
+        )
+        raise ConversionError(f"{folder}: this run began from another model ({others}): name another OUTPUT.")
     return folder
+
+
+def _digest(model: SageMusicForCausalLM) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def uptrain(

@@ -15,7 +15,9 @@ no entry explains ends the conversion, and so does an entry without its key.
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
@@ -107,6 +109,23 @@ def _tensors_of(path: Path, content) -> dict[str, Tensor]:
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return dict(content)
     raise ConversionError(f"{path}: no dict of tensors is in it, nor under {', '.join(NESTED)}.")
+
+
+def read_json(file: Path) -> dict:
+    """The fields in a file; `{}` where there is none.
+
+    Raises:
+        ConversionError: it holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file}: no set of fields.")
+    return content
 
 
 def strip_prefix(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
@@ -244,6 +263,25 @@ def check_output(output) -> None:
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output}: it is there already and not empty: name another folder.")
+
+
+@contextmanager
+def new_folder(output) -> Iterator[Path]:
+    """A folder to save in, which becomes `output` when all is in it; where saving fails, nothing is left.
+
+    Raises:
+        ConversionError: as `check_output`.
+    """
+    check_output(output)
+    output = Path(output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        folder = Path(scratch) / output.name
+        folder.mkdir()
+        yield folder
+        if output.exists():  # an empty folder, which not every system renames over
+            output.rmdir()
+        folder.rename(output)
 
 
 def run_command(command: Callable[[], object]) -> int:

@@ -12,7 +12,8 @@ Parameters are the options of the repository's `midi-continuation` pipeline: `te
      "prompt_end_s": 8.0, "new_notes": 57, "seconds": 1.2, "remarks": [...], "seed": 1}
 
 and with `"audio": true` also `"audio"`, base64 of a 16-bit stereo WAV. `seed` gives the same music again; without one
-a request gets its own. What goes wrong is an answer too, never an exception:
+a request gets its own. `"seconds": null` leaves the end to `max_tokens`, within the server's limit of seconds. What
+goes wrong is an answer too, never an exception:
 
     {"error": {"type": "invalid_midi", "message": "damaged or truncated MIDI (...)."}}
 
@@ -51,7 +52,8 @@ from transformers import pipeline
 logger = logging.getLogger(__name__)
 
 # Lengths where a request names none: the pipeline's own, unless the server allows less.
-DEFAULT_BARS, DEFAULT_SECONDS = 16, 60.0
+DEFAULT_PROMPT_BARS, DEFAULT_BARS = 4, 16
+DEFAULT_PROMPT_SECONDS, DEFAULT_SECONDS = 20.0, 60.0
 
 FAMILIES = {
     "sage_music": ("SAGE-Music", ("prompt_bars", "bars", "free", "programs", "generate_options")),
@@ -228,16 +230,22 @@ class EndpointHandler:
             if name not in self.options:
                 known = ", ".join(self.options)
                 raise RequestError(f"{_quoted(name)} is no parameter of {self.family}; these are: {known}.")
-            if value is not None:  # null: as if it were not there, but for the two that may be left to the model
+            if value is not None:  # null: as if it were not there, but for the two below
                 options[name] = _checked(name, value, self.limits)
-            elif name in ("seconds", "max_note_seconds"):
+            elif name == "max_note_seconds":
                 options[name] = None
+        limits = self.limits
         if self.family == "SAGE-Music":
-            options.setdefault("bars", min(DEFAULT_BARS, self.limits.max_bars))
+            options.setdefault("prompt_bars", min(DEFAULT_PROMPT_BARS, limits.max_prompt_bars))
+            options.setdefault("bars", min(DEFAULT_BARS, limits.max_bars))
         else:
-            options.setdefault("seconds", min(DEFAULT_SECONDS, self.limits.max_seconds))
-            if options["seconds"] is None and "max_tokens" not in options:
-                raise RequestError("seconds is null: give max_tokens, one of them must end the piece.")
+            options.setdefault("prompt_seconds", min(DEFAULT_PROMPT_SECONDS, limits.max_prompt_seconds))
+            seconds = DEFAULT_SECONDS
+            if "seconds" in given and given["seconds"] is None:
+                if "max_tokens" not in options:
+                    raise RequestError("seconds is null: give max_tokens, one of them must end the piece.")
+                seconds = limits.max_seconds
+            options.setdefault("seconds", min(seconds, limits.max_seconds))
         return options
 
     # ---- generating, one batch at a time
@@ -280,7 +288,7 @@ class EndpointHandler:
     def _generate(self, batch: list[Job]) -> None:
         """Give every job of the batch its answer.
 
-        Prompts are read here, not in each request's thread: what warnings say of one is recorded for the whole process.
+        Prompts are read here, one after the other, and not in each request's thread: reading takes the process's time.
         """
         limits, plans = self.limits, {}
         for job in batch:
@@ -294,6 +302,8 @@ class EndpointHandler:
                     raise TooLarge(
                         f"the prompt has {heard:,} tokens, {limits.max_prompt_tokens:,} at most: shorten it."
                     )
+                if self.family == "PerceiverS":  # where a request names none, seconds have room for many
+                    plan.budget = min(plan.budget, limits.max_tokens)
                 plans[job] = plan
             except Exception as error:
                 job.answer = self._failure(error)

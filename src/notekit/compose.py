@@ -30,7 +30,15 @@ from sage_music.tokenization_sage_music import SageMusicTokenizer
 from .defaults import BARS, PROMPT_BARS
 from .midi import bar_ticks, bar_times, read_score
 from .rules import LeaveProgram, forbidden_ids, program_tokens
-from .sampling import TURN, Deadline, Generated, heard_warnings, sampling_options, seeded
+from .sampling import (
+    TURN,
+    Deadline,
+    Generated,
+    check_generate_options,
+    heard_warnings,
+    sampling_options,
+    seeded,
+)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +147,8 @@ def generate_piece(
         progress: called as `progress(bars_done, notes)` after every bar.
         time_limit: seconds of wall time after which the generation ends, within one token; the piece then ends with the
             last whole bar, and a remark says so.
-        generate_options: more options of `generate()`, such as `{"use_mtp": True}` or a `compile_config`.
+        generate_options: more options of `generate()`, such as `{"use_mtp": True}` or a `compile_config`, but none that
+            the piece has already: its length, its rules, beams.
 
     Raises:
         ValueError: an option outside its range, naming it.
@@ -214,6 +223,7 @@ class Plan:
             raise ValueError(f"bars {self.bars} must be positive.")
         if self.time_limit is not None:
             Deadline(self.time_limit)  # checked before anything waits for it
+        check_generate_options(self.generate_options)
         self.sampling = sampling_options(self.temperature, self.top_p)
         self.forbidden = forbidden_ids(self.tokenizer, self.allowed)
 

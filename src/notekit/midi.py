@@ -49,6 +49,8 @@ def midi_damage(data: bytes) -> str:
             if wait is None or wait.end() == end:
                 return "a track ends inside an event"
             at = wait.end()
+            if data[at] == 0xF7:
+                return "an escape event, F7, which readers take for another: export the file without"
             if event := other_event.match(data, at, end):
                 length = number.match(data, event.end(), end)
                 size = 0
@@ -82,10 +84,13 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
         name, data = "<bytes>", bytes(source)
     else:
         name = os.fspath(source)
+        if not name or not name.isprintable():
+            name = repr(name)
         try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise InvalidMidiError(name, f"cannot be opened ({error.strerror}).") from error
+            with open(source, "rb") as file:  # Path("") would be the working folder
+                data = file.read()
+        except (OSError, ValueError) as error:  # ValueError: no name that the system could have
+            raise InvalidMidiError(name, f"cannot be opened ({getattr(error, 'strerror', error)}).") from error
     if not data:
         raise InvalidMidiError(name, "the file is empty.")
     if not data.startswith(b"MThd"):

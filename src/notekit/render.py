@@ -34,7 +34,8 @@ def find_soundfont() -> Path:
     path = Path(spec.origin).parent / SOUNDFONT if spec is not None else None
     if path is None or not path.is_file():
         raise MissingExtraError(
-            "audio needs a SoundFont: pip install 'sage-music[audio]', or set SAGE_MUSIC_SOUNDFONT to an .sf2 or .sf3."
+            "audio needs a SoundFont: pip install pretty_midi, which holds one, "
+            "or set SAGE_MUSIC_SOUNDFONT to an .sf2 or .sf3."
         )
     return path
 

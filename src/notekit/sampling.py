@@ -1,6 +1,5 @@
 """What generation in both families has in common: the result, the options of sampling, seeds, turns, a time limit."""
 
-import math
 import re
 import threading
 import time
@@ -17,8 +16,19 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 # model's decode step, too, has buffers for one generation.
 TURN = threading.RLock()
 
-# `warnings.catch_warnings` is the process's: two threads in it at once would hear each other's.
+# `warnings.catch_warnings` is the process's: of two threads in it at once, one would undo what the other has set.
 _HEARING = threading.Lock()
+
+# Beyond these, scores overflow or all become equal, and the tokens that rules forbid are no longer the least likely.
+TEMPERATURES = (0.01, 100.0)
+
+# What a plan itself says to `generate()`, or what would end or return its music otherwise than a plan expects.
+PLANNED = (
+    *("inputs", "input_ids", "inputs_embeds", "attention_mask", "generation_config", "logits_processor"),
+    *("stopping_criteria", "streamer", "suppress_tokens", "max_new_tokens", "max_length", "max_time", "stop_strings"),
+    *("eos_token_id", "pad_token_id", "return_dict_in_generate"),
+)
+ONE_ROW = ("num_beams", "num_return_sequences")  # more than 1 of them is more than one piece
 
 # Options of sampling besides temperature, top-k and top-p, and the value that turns each off (`None` does too).
 OTHER_WARPERS = {"min_p": 0.0, "top_h": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
@@ -53,24 +63,50 @@ def sampling_options(temperature: float | None, top_p: float | None) -> dict:
     Raises:
         ValueError: an option outside its range, naming it.
     """
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be 0 or a positive number.")
+    low, high = TEMPERATURES
+    if temperature is not None and not (temperature == 0 or low <= temperature <= high):
+        raise ValueError(f"temperature {temperature} must be 0, or from {low:g} to {high:g}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must lie in 0..1, without the 0.")
     if temperature == 0:
         return {"do_sample": False}
-    given = {"temperature": temperature, "top_p": top_p}
-    return {"do_sample": True, "top_k": 0} | {name: value for name, value in given.items() if value is not None}
+    given = {"temperature": temperature, "top_p": top_p}  # `generate()` takes no whole numbers for them
+    return {"do_sample": True, "top_k": 0} | {name: float(value) for name, value in given.items() if value is not None}
+
+
+def check_generate_options(options: dict | None) -> None:
+    """Check a user's further options of `generate()`.
+
+    Raises:
+        ValueError: one that would collide with what the plan of a piece says itself, naming it.
+    """
+    options = options or {}
+    taken = [name for name in PLANNED if name in options]
+    taken += [name for name in ONE_ROW if options.get(name) not in (None, 1)]
+    if taken:
+        raise ValueError(f"generate_options cannot hold {', '.join(taken)}: a piece has its own, or needs it as it is.")
 
 
 @contextmanager
 def heard_warnings() -> Iterator[list[str]]:
-    """Warnings in here, of one thread at a time, are kept as remarks: sorted, without the name of the music."""
+    """This thread's warnings in here are kept as remarks: sorted, without the name of the music.
+
+    Those of other threads are shown where they would be, for as long as this lasts without any filter.
+    """
     remarks: list[str] = []
-    with _HEARING, warnings.catch_warnings(record=True) as caught:
+    heard, thread, others = set(), threading.get_ident(), None
+
+    def show(message, *about, **more):
+        if threading.get_ident() == thread:
+            heard.add(re.sub(r"^<(score|bytes)>: ", "", str(message)))
+        else:
+            others(message, *about, **more)
+
+    with _HEARING, warnings.catch_warnings():
         warnings.simplefilter("always")
+        others, warnings.showwarning = warnings.showwarning, show
         yield remarks
-    remarks += sorted({re.sub(r"^<(score|bytes)>: ", "", str(warning.message)) for warning in caught})
+    remarks += sorted(heard)
 
 
 @contextmanager

@@ -322,6 +322,8 @@ def midi_damage(data: bytes) -> str:
             if wait is None or wait.end() == end:
                 return "a track ends inside an event"
             at = wait.end()
+            if data[at] == 0xF7:
+                return "an escape event, F7, which readers take for another: export the file without"
             if event := other_event.match(data, at, end):
                 length = number.match(data, event.end(), end)
                 size = 0

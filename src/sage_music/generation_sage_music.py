@@ -202,7 +202,7 @@ class NoDoubledNotesLogitsProcessor(LogitsProcessor):
         self.first_type = grammar["first_type"]
         self.bar, self.position, self.program, *self.pitches = kinds
         self.pitch_counts = {kind: list(self.first_type).count(kind) for kind in self.pitches}
-        self.fewest = min(self.pitch_counts.values())
+        self.fewest = min(filter(None, self.pitch_counts.values()))  # a vocabulary may have no PitchDrum
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()

@@ -50,8 +50,9 @@ class SageMusicTokenizer(PreTrainedTokenizer):
     then all melodic tracks are one piano. Special tokens besides PAD, BOS and EOS, such as MASK, are in no music.
 
     Raises:
-        ValueError: for a MidiTok file that is not REMI with velocities and durations on every note, or has tokens of
-            other kinds (rests, chords, pedals, ...).
+        ValueError: for a MidiTok file that is not REMI with velocities and durations on every note and PAD, BOS, EOS;
+            that has programs but not one stream for all, or no PitchDrum tokens for the drums among them; or that has
+            tokens of other kinds (rests, chords, pedals, ...).
     """
 
     vocab_files_names = {"vocab_file": "miditok.json"}  # noqa: RUF012 (class variable of the base class)
@@ -437,6 +438,8 @@ def midi_damage(data: bytes) -> str:
             if wait is None or wait.end() == end:
                 return "a track ends inside an event"
             at = wait.end()
+            if data[at] == 0xF7:
+                return "an escape event, F7, which readers take for another: export the file without"
             if event := other_event.match(data, at, end):
                 length = number.match(data, event.end(), end)
                 size = 0

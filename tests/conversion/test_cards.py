@@ -4,7 +4,7 @@ import pytest
 from conftest import tiny_model, tiny_perceivers
 from huggingface_hub import ModelCard
 
-from conversion.cards import CardError, check_card, make_card, without_samples
+from conversion.cards import CardError, check_card, keeps_license, make_card, named, without_samples
 
 GOOD = """license: apache-2.0
 library_name: transformers
@@ -50,6 +50,20 @@ def test_a_good_card_passes():
         ("license: apache-2.0\n", "", "license: missing"),
         ("apache-2.0", "Apache 2", "license: 'Apache 2'"),
         ("apache-2.0", "other", "license_name: missing"),
+        ("apache-2.0", "[mit]", "license: "),
+        ("apache-2.0", "{a: b}", "license: "),
+        ("apache-2.0", "1", "license: "),
+        ("apache-2.0", "other\nlicense_name: [mine]", "license_name: "),
+        ("apache-2.0", "other\nlicense_name: mine\nlicense_link: {a: b}", "license_link: "),
+        ("text-generation\ntags", "[text-generation]\ntags", "pipeline_tag: "),
+        ("text-generation\ntags", "{a: b}\ntags", "pipeline_tag: "),
+        ("language: en", "language: {a: b}", "language: "),
+        ("language: en", "new_version: [user/mine]", "new_version: "),
+        ("language: en", "new_version: a/b/c", "new_version: 'a/b/c'"),
+        ("language: en", "thumbnail: 7", "thumbnail: 7"),
+        ("language: en", "base_model_relation: [finetune]", "base_model_relation: "),
+        ("user/corpus", "{a: b}", "datasets: "),
+        ("user/base", "{a: b}", "base_model: "),
         ("text-generation\ntags", "midi-continuation\ntags", "pipeline_tag: 'midi-continuation'"),
         ("transformers", "[a]", "library_name"),
         ("[midi]", "midi", "tags"),
@@ -74,6 +88,60 @@ def test_a_wrong_field_is_named(old, new, field):
     assert old in GOOD
     with pytest.raises(CardError, match=f"^mine.md: .*{field}"):
         check_card(card(GOOD.replace(old, new, 1)), "mine.md")
+
+
+FIELDS = ("license", "license_name", "license_link", "library_name", "pipeline_tag", "tags", "datasets", "base_model")
+FIELDS += ("language", "widget", "inference", "model-index", "metrics", "new_version", "thumbnail", "model_name")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_value_of_a_field_is_too_odd(field):
+    """A card passes, or it is a `CardError` that says why."""
+    for value in (
+        "[x]",
+        "{a: b}",
+        "7",
+        "1.5",
+        "true",
+        "2024-01-01",
+        "[[x]]",
+        "[{a: [b]}]",
+        "[null]",
+        "''",
+        "2026-99-99",
+    ):
+        metadata = "license: mit\n" if field != "license" else ""
+        try:
+            check_card(card(f"{metadata}{field}: {value}\n"), "mine.md")
+        except CardError as error:
+            assert str(error).startswith("mine.md: ")
+
+
+@pytest.mark.parametrize(
+    ("base", "chosen", "allowed"),
+    [
+        *((name, "mit", False) for name in ("cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0")),
+        *((name, "mit", False) for name in ("gpl", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "eupl-1.2", "osl-3.0", "odbl")),
+        *((name, "mit", False) for name in ("cc-by-nd-4.0", "openrail++", "llama3.2", "gemma")),
+        *((name, name, True) for name in ("cc-by-nc-sa-4.0", "agpl-3.0", "cc-by-nc-4.0")),
+        *((name, "cc-by-nc-4.0", True) for name in ("mit", "apache-2.0", "cc-by-4.0", "cc0-1.0", "bsl-1.0", "other")),
+    ],
+)
+def test_licenses_that_derivatives_keep(base, chosen, allowed):
+    assert keeps_license(base, chosen) == allowed
+
+
+def test_a_card_gets_the_name_of_its_repository():
+    text = """A model.\n\n```python
+pipe = pipeline("midi-continuation", model="USER/NAME", trust_remote_code=True)
+old = pipeline("midi-continuation", model="user/mine-0")
+```
+Better than user/mine.\n```\nhf download USER/NAME\n```\n"""
+    first = named(text, "user/mine")
+    assert first == text.replace("USER/NAME", "user/mine")
+    second = named(first, "user/mine-2")
+    assert second == text.replace("USER/NAME", "user/mine-2") and named(second, "user/mine-2") == second
+    assert named("# Nothing to run\n", "user/mine") == "# Nothing to run\n"
 
 
 def test_a_card_without_metadata_is_refused():

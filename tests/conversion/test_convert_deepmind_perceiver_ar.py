@@ -74,6 +74,7 @@ def test_models_of_another_kind_are_refused_by_name(tmp_path, name):
     [
         ({"heads": 5}, "5 heads do not divide the attention's 24"),
         ({"rotated": 0.0}, "share of a head"),
+        ({"rotated": 0.01}, "12 channels is less than a pair"),
         ({"activation": "swish"}, "one of sq_relu"),
         ({"latents": 30}, "num_latents"),
         ({"max_wavelength": 20}, r"max_wavelength \(20\) is shorter than the context \(24\)"),

@@ -102,6 +102,19 @@ def stock(folder, vocabulary, config_class=LlamaConfig, padded: int = 0, seed: i
     return model
 
 
+# What a shorter context leaves as it is. Of some, Transformers derives the factor from the two lengths.
+SHORTENED = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": DYNAMIC,
+    "yarn": YARN,
+    "yarn without a factor": YARN | {"factor": None},
+    "llama3": LLAMA3,
+    "longrope": LONG,
+    "longrope without a factor": {name: value for name, value in LONG.items() if name != "factor"},
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_logits_whole_and_cached(tmp_path, vocabulary, kind):
     config_class, options = KINDS[kind]
@@ -139,6 +152,21 @@ def test_the_same_logits_whole_and_cached(tmp_path, vocabulary, kind):
     assert torch.equal(written, original.generate(prompt, **options))
     assert model.generation_config.top_k == 12 and model.generation_config.temperature == 0.8
     assert tokenizer.get_vocab() == vocabulary.vocab
+
+
+@pytest.mark.parametrize("context", [48, 128])
+@pytest.mark.parametrize("rope", SHORTENED)
+def test_the_same_logits_in_a_shorter_context(tmp_path, vocabulary, rope, context):
+    original = stock(tmp_path / "stock", vocabulary, rope_parameters=SHORTENED[rope])
+    model, _ = convert(tmp_path / "stock", tmp_path / "sage", context=context)
+    assert model.config.max_position_embeddings == context
+    saved = load(tmp_path / "sage")[0]
+    ids = torch.randint(4, len(vocabulary), (1, context))
+    with torch.no_grad():
+        for length in (20, context):
+            expected = original(ids[:, :length]).logits
+            for found in (model, saved):
+                assert (found(ids[:, :length]).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_music_through_a_piano_vocabulary(tmp_path, vocabulary):
@@ -200,9 +228,13 @@ def test_what_cannot_be_said_is_refused(tmp_path, vocabulary, capsys):
         ({"num_hidden_layers": 1}, "unknown"),
         ({"attention_bias": True}, "missing"),
         ({"intermediate_size": 100}, "of another shape"),
+        ({"hidden_act": "nope"}, "unknown activation 'nope'"),
+        ({"model_type": ["llama"]}, r"\['llama'\]"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         refused(folder, match)
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json: not readable as JSON")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     refused(folder, "not of MidiTok")
@@ -214,6 +246,64 @@ def test_what_cannot_be_said_is_refused(tmp_path, vocabulary, capsys):
 
     assert main([str(folder), str(tmp_path / "out")]) == 2
     assert "Chord" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "stranger"])
+def test_python_beside_a_config_is_never_run(tmp_path, vocabulary, monkeypatch, model_type):
+    """Nor is anyone asked: a `y` from a pipe would answer."""
+    folder, trace = tmp_path / "stock", tmp_path / "it-ran"
+    stock(folder, vocabulary)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "configuration_stranger.py").write_text(
+        f"from pathlib import Path\nfrom transformers import LlamaConfig\nPath({str(trace)!r}).touch()\n\n\n"
+        f"class StrangerConfig(LlamaConfig):\n    model_type = {model_type!r}\n"
+    )
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"model_type": model_type, "auto_map": {"AutoConfig": "configuration_stranger.StrangerConfig"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    if model_type == "llama":
+        convert(folder)
+    else:
+        refused(folder, "type 'stranger'")
+    assert not trace.exists()
+
+
+def test_how_to_sample_is_carried(tmp_path, vocabulary, capsys):
+    """Not ids and lengths, and no values that mean nothing: with those, Transformers would not save the model."""
+    folder = tmp_path / "stock"
+    stock(folder, vocabulary)
+    file = folder / "generation_config.json"
+    others = {"forced_eos_token_id": 99, "suppress_tokens": [5], "max_length": 20, "eos_token_id": 99}
+    file.write_text(json.dumps(others | {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "top_k": None}))
+    assert main([str(folder), str(tmp_path / "greedy")]) == 0
+    assert "temperature, top_p without do_sample: left out" in capsys.readouterr().err
+    file.write_text(json.dumps(others | {"do_sample": True, "temperature": 0.9, "repetition_penalty": 1.1}))
+    convert(folder, tmp_path / "sampled")
+    for name, said in (
+        ("greedy", (False, None, None, None)),
+        ("sampled", (True, 0.9, None, 1.1)),
+    ):
+        model, tokenizer = load(tmp_path / name)
+        kept = model.generation_config
+        assert (kept.do_sample, kept.temperature, kept.top_p, kept.repetition_penalty) == said
+        assert kept.forced_eos_token_id is kept.suppress_tokens is None and kept.max_length != 20
+        assert kept.eos_token_id == tokenizer.eos_token_id
+    file.write_text("[1]")
+    refused(folder, "generation_config.json: no set of fields")
+
+
+def test_a_folder_that_cannot_be_written_whole_is_not_written(tmp_path, vocabulary, monkeypatch, capsys):
+    stock(tmp_path / "stock", vocabulary)
+
+    def disk_full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(SageMusicTokenizer, "save_pretrained", disk_full)
+    assert main([str(tmp_path / "stock"), str(tmp_path / "sage")]) == 2
+    assert "no space left" in capsys.readouterr().err
+    with pytest.raises(OSError, match="no space left"):
+        convert(tmp_path / "stock", tmp_path / "sage")
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"]
 
 
 def test_pooled_heads_begin_as_grouped_query_attention(tmp_path, vocabulary):

@@ -90,6 +90,8 @@ def test_a_lightning_checkpoint_is_read(tmp_path):
         (AUDIO, {"heads": 5}, "5 heads: the model is 24 wide.*it has 3"),
         (AUDIO, {"heads": 4}, "4 heads.*it has 3"),
         (AUDIO, {"heads": 0}, "0 heads.*it has 3"),
+        (AUDIO, {"rotary_layers": -7}, "-7 rotary layers: the model has 2"),
+        (AUDIO, {"rotary_layers": 99}, "99 rotary layers: the model has 2"),
         (TEXT, {"context": 20}, "20 tokens: the model has learned 24"),
         (TEXT, {"latents": 25}, r"num_latents \(25\) must lie in 1\.\.max_position_embeddings"),
     ],

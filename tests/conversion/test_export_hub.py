@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import perceivers
 import sage_music
 from conversion import export_hub
-from conversion.cards import CardError
+from conversion.cards import LOADED, CardError
 from conversion.export_hub import ExportError, export, is_export, main
 from notekit.checkpoint import CheckpointError, load
 from notekit.midi import read_notes
@@ -132,12 +132,12 @@ def test_an_adapter_is_merged(tmp_path):
     # Weights made from ours keep their licence, and the notice that says why.
     assert ModelCard.load(folder / "README.md").data.license == "cc-by-nc-sa-4.0"
     assert "ASAP" in (folder / "NOTICE.md").read_text()
-    with pytest.raises(ExportError, match=r"license mit.*shared alike"):
+    with pytest.raises(ExportError, match=r"license mit.*are cc-by-nc-sa-4.0 .*keeps that license"):
         export(tmp_path / "adapter", tmp_path / "other", license="mit", samples=False)
     assert not (tmp_path / "other").exists()
 
 
-def test_the_card_of_a_trained_checkpoint_says_what_training_left(tiny, tmp_path, tokenizer):
+def test_the_card_of_a_trained_checkpoint_says_what_training_left(tmp_path, tokenizer, capsys):
     run = tmp_path / "run"
     model = tiny_model(tokenizer)
     model.save_pretrained(run / "best")
@@ -151,15 +151,22 @@ def test_the_card_of_a_trained_checkpoint_says_what_training_left(tiny, tmp_path
     assert card.data.license == "apache-2.0" and card.data.datasets == ["user/corpus"] and card.data.base_model is None
     assert card.data.eval_results[0].metric_value == 5.5
     assert "`sage-music-6m`" in card.text and 'model="user/mine"' in card.text and "samples/" not in card.text
-    # Begun from a published model, its name is known; its licence only with the network.
-    (run / "run.json").write_text(json.dumps({"model": "user/base"}))
-    with pytest.raises(ExportError, match="--license"):
-        export(run / "best", tmp_path / "out", samples=False)
-    export(run / "best", tmp_path / "out", license="mit", samples=False)
-    assert ModelCard.load(folder / "README.md").data.base_model == "user/base"
-    # An export's own card is taken again, and not half changed.
-    again = export(folder, tmp_path / "again", repo_id="user/again", samples=False)
-    assert 'model="user/again"' in (again / "README.md").read_text()
+    # Begun from a published model, or in a folder that is no longer there: neither is known without the network.
+    for name in ("user/base", "run1/best", str(tmp_path / "lost")):
+        (run / "run.json").write_text(json.dumps({"model": name}))
+        with pytest.raises(ExportError, match="--license"):
+            export(run / "best", tmp_path / "out", samples=False)
+        capsys.readouterr()
+        export(run / "best", tmp_path / "out", license="mit", samples=False)
+        assert f"note: {name}, which these weights were made from, is no folder here" in capsys.readouterr().err
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model is None and name not in card.content
+    export(run / "best", tmp_path / "out", license="mit", base_model="user/base", samples=False)
+    assert ModelCard.load(folder / "README.md").data.base_model == "user/base" and not capsys.readouterr().err
+    # An export's own card is taken again, with the name that it gets now, and not half changed.
+    for number, name in enumerate(("user/again", "user/again-2")):
+        folder = export(folder, tmp_path / f"again{number}", repo_id=name, samples=False)
+        assert LOADED.findall((folder / "README.md").read_text()) == [name]
     with pytest.raises(ExportError, match="datasets is for a card that is made"):
         export(folder, tmp_path / "again", datasets=["user/corpus"], samples=False)
 
@@ -186,6 +193,17 @@ def test_only_an_older_export_is_replaced(tiny, tmp_path):
     export(tiny / "perceivers", out, license="mit", samples=False)
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
     assert not list(out.glob("*_sage_music.py")) and json.loads((out / "config.json").read_text())
+    for name in ("__pycache__", ".cache/huggingface"):  # as Python and a download leave them
+        (out / name).mkdir(parents=True)
+        (out / name / "some.file").write_text("")
+    export(tiny / "perceivers", out, license="mit", samples=False)
+    assert not (out / "__pycache__").exists()
+    for name in ("samples/mine.mid", "adapter_model.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        with pytest.raises(ExportError, match=rf"other things in it \({name}\)"):
+            export(tiny / "sage", out, license="mit", samples=False)
+        (out / name).unlink()
     (out / ".git").mkdir()
     with pytest.raises(ExportError, match=r"other things in it \(\.git\)"):
         export(tiny / "sage", out, license="mit", samples=False)

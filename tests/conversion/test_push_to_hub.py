@@ -1,6 +1,7 @@
 """A push sends an export once, resumes what was interrupted, and says in one line what is in its way."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,52 @@ def test_a_second_push_replaces_the_first(hub, exported, sent, tmp_path):
     assert hub.repository("someone/mine").refs == {"main": second, "sharded": third}
 
 
+def test_only_an_exports_files_are_sent(hub, exported, sent, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "mine")
+    for name in ("__pycache__/handler.cpython-311.pyc", ".cache/huggingface/x.metadata", ".gitattributes"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of no interest")
+    for name in (".env", "notes.txt", "samples/mine.mid", "onnx/model.safetensors", "adapter_model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("nobody's business")
+        with pytest.raises(ValueError, match=rf"other things in it \({name.removesuffix('/model.safetensors')}\)"):
+            sent(folder, "someone/mine")
+        (folder / name).unlink()
+        if name.startswith("onnx"):
+            (folder / "onnx").rmdir()
+    assert not hub.repositories
+    sent(folder, "someone/mine")
+    files = hub.files("someone/mine")
+    assert set(files) == {".gitattributes", *(path.name for path in exported.iterdir())}
+    assert files[".gitattributes"] != b"of no interest"
+
+
+def test_files_that_are_no_exports_stay(hub, exported, sent, tmp_path):
+    first = sent(exported, "someone/mine")
+    kept = ("onnx/model.safetensors", "lora/adapter_model.safetensors", "samples/mine.mid", "docs/README.md")
+    kept += ("adapter_model.safetensors", "code/notekit_midi.py")
+    gone = ("samples/continuation.mid", "notekit_older.py")
+    repository = hub.repository("someone/mine")
+    files = repository.at("main").files | {name: b"mine" for name in (*kept, *gone)}
+    repository.commit("main", files, "by hand")
+    single = export(exported, tmp_path / "single", samples=False)
+    sent(single, "someone/mine", exist_ok=True)
+    names = set(hub.files("someone/mine"))
+    assert names == {".gitattributes", *kept, *(path.name for path in single.iterdir())}
+    assert "model.safetensors.index.json" in hub.files("someone/mine", first)
+
+
+def test_a_push_under_another_name_names_it(hub, exported, sent, tmp_path):
+    """The card of an export that had a name already would load, and trust, the repository of that name."""
+    export(exported, tmp_path / "named", repo_id="user/older", samples=False)
+    card = tmp_path / "named" / "README.md"
+    card.write_text(card.read_text() + "\nIt follows user/older.\n\n```\nhf download user/older\n```\n")
+    sent(tmp_path / "named", "someone/mine")
+    text = hub.files("someone/mine")["README.md"].decode()
+    assert 'model="someone/mine"' in text and "hf download someone/mine" in text and "It follows user/older." in text
+    assert text.count("user/older") == 1
+
+
 def test_a_checkpoint_is_exported_on_the_way(hub, sent):
     sent("perceivers", "band/piano", samples=False)
     files = hub.files("band/piano")
@@ -195,6 +242,8 @@ def test_a_card_that_is_wrong_stops_before_anything_is_sent(hub, exported, sent,
     [
         ("", "someone/mine", "no token: log in by `hf auth login`"),
         ("hf_of_nobody", "someone/mine", "does not know this token"),
+        ("hf_of_secr\u00e9", "someone/mine", "the token has characters that no token has"),
+        ("hf_of someone", "someone/mine", "the token has characters that no token has"),
         ("hf_of_reader", "reader/mine", "the token of reader may only read"),
         ("hf_of_other", "someone/mine", "someone/mine: the token of other may not write there"),
         (TOKEN, "mine", "write user/name"),

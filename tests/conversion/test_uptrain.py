@@ -10,9 +10,10 @@ from conftest import band, tiny_model
 from conversion import uptraining_study
 from conversion.convert_llama import pool_heads
 from conversion.convert_to_llama import llama_of
-from conversion.uptrain import main, read_source, steps_of
+from conversion.uptrain import main, pool, read_source, steps_of
 from conversion.weights import ConversionError
 from notekit.checkpoint import load
+from sage_music import SageMusicTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,33 @@ def test_a_run_from_a_llama_to_routed_heads(tokenizer, original, music, tmp_path
     after = model.model.layers[0].self_attn.kv_weight
     assert not torch.allclose(after[0], after[2])  # attributes have become different
     assert music_tokenizer.get_vocab() == tokenizer.get_vocab()
+    written = (run / "pooled" / "model.safetensors").stat().st_mtime_ns
     assert main(argv) == 0 and "finished" in capsys.readouterr().err
+    # From other heads it is another run: neither gone on with nor written over, whatever is trained for how long.
+    heads = [str(original), *argv[1:]]  # the same weights under another name
+    assert main(heads) == 0 and "finished" in capsys.readouterr().err
+    for place, value in ((3, "token"), (5, "mean")):
+        assert main([*argv[:place], value, *argv[place + 1 :], "--fraction", "0.1"]) == 2
+        assert f"not {value!r}" in capsys.readouterr().err
+    torch.manual_seed(1)
+    other = tiny_model(tokenizer, "mha", num_attention_heads=8, num_key_value_heads=8, initializer_range=0.06)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert main([str(tmp_path / "other"), *argv[1:], "--fraction", "0.1"]) == 2
+    assert "began from another model (weights" in capsys.readouterr().err
+    assert (run / "pooled" / "model.safetensors").stat().st_mtime_ns == written
+    assert json.loads((run / "report.json").read_text()) == report
+
+
+def test_a_pooled_model_that_was_not_written_to_its_end_is_written_anew(original, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SageMusicTokenizer, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pool(original, tmp_path, "head")
+    assert load(pool(original, tmp_path, "token"))[0].config.kv_routing == "token"
 
 
 def test_steps_and_wrong_arguments(original, music, tmp_path, capsys):

@@ -17,6 +17,7 @@ from conversion.weights import (
     halves_from_pairs,
     load_into,
     load_state,
+    new_folder,
     remap,
     run_command,
     strip_prefix,
@@ -211,6 +212,23 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(ConversionError, match="not empty"):
         check_output(tmp_path)
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    (tmp_path / "some" / "empty").mkdir(parents=True)
+    for name in ("some/empty", "deep/new"):
+        output = tmp_path / name
+        with pytest.raises(OSError, match="disk full"), new_folder(output) as folder:
+            (folder / "config.json").write_text("{}")
+            raise OSError("disk full")
+        assert not output.exists() or not any(output.iterdir())
+        with new_folder(output) as folder:
+            (folder / "config.json").write_text("{}")
+        assert [path.name for path in output.iterdir()] == ["config.json"]
+        assert [path.name for path in output.parent.iterdir()] == [output.name]
+        assert output.stat().st_mode == output.parent.stat().st_mode  # not for its owner alone
+        with pytest.raises(ConversionError, match="not empty"), new_folder(output):
+            pass
 
 
 def test_commands_end_with_one_line(capsys):

@@ -339,6 +339,20 @@ def test_a_prompt_that_fails_in_a_batch_takes_no_other_with_it(handler, monkeypa
         assert [answer["midi"] for answer in right] == alone
 
 
+def test_a_temperature_may_be_a_whole_number(handler):
+    """Alone, as `generate_options` are, and in a batch."""
+    for options in ({}, {"generate_options": {"use_mtp": False}}):
+        answers = [handler(request_for(prompt(0), bars=1, seed=1, temperature=t, **options)) for t in (2, 2.0)]
+        assert answers[0]["midi"] == answers[1]["midi"]
+
+
+def test_what_a_request_leaves_out_is_within_the_limits_of_bars(handler, monkeypatch):
+    monkeypatch.setattr(handler, "limits", type(handler.limits)(max_prompt_bars=2, max_bars=1))
+    answer = handler(request_for(prompt(0, bars=4), seed=0))
+    assert answer["prompt_end_s"] == 4.0  # two bars at 120
+    assert max(note["onset_s"] for note in answer["notes"]) < 6.0
+
+
 def test_limits_come_from_the_environment_and_are_checked(module, monkeypatch):
     monkeypatch.setenv("SAGE_MUSIC_MAX_BARS", "8")
     monkeypatch.setenv("SAGE_MUSIC_TIME_LIMIT", "2.5")
@@ -360,12 +374,24 @@ def test_the_handler_stands_alone_and_agrees_with_the_package(module):
             assert node.level == 0
             imported.add(node.module.split(".")[0])
     assert imported <= {"numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
-    assert (module.DEFAULT_BARS, module.DEFAULT_SECONDS) == (notekit.BARS, notekit.SECONDS)
+    assert (module.DEFAULT_PROMPT_BARS, module.DEFAULT_BARS) == (notekit.PROMPT_BARS, notekit.BARS)
+    assert (module.DEFAULT_PROMPT_SECONDS, module.DEFAULT_SECONDS) == (notekit.PROMPT_SECONDS, notekit.SECONDS)
     documented = module.Limits.__doc__
     assert all(limit.name in documented for limit in fields(module.Limits))
 
 
 # ---- the other family
+
+
+def test_what_a_request_leaves_out_is_within_the_limits_of_seconds(module, repositories):
+    handler = module.EndpointHandler(repositories["perceivers"], max_prompt_seconds=1.5, max_seconds=1.0)
+    for options in ({}, {"seconds": None, "max_tokens": 1500, "max_note_seconds": 0.02, "temperature": 10}):
+        answer = handler(request_for(prompt(0, bars=4), seed=0, **options))
+        assert answer["prompt_end_s"] == 1.5
+        assert 1.5 < max(note["onset_s"] + note["duration_s"] for note in answer["notes"]) < 2.52
+    handler = module.EndpointHandler(repositories["perceivers"], max_tokens=40)
+    remarks = handler(request_for(prompt(0), seed=0, prompt_seconds=1.5))["remarks"]
+    assert any("limit of 40 new tokens" in remark for remark in remarks), remarks
 
 
 def test_performances_of_several_at_once_are_their_own(repositories):

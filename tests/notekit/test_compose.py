@@ -1,5 +1,8 @@
 """Pieces by bars, from the bundled checkpoint: right length, prompt kept, seeds, long pieces, wrong input."""
 
+import threading
+import warnings
+
 import numpy as np
 import pytest
 from conftest import band, notes_of
@@ -8,6 +11,7 @@ from symusic import ControlChange, Note, Score, Tempo, Track
 from notekit.checkpoint import load
 from notekit.compose import continue_score, generate_piece
 from notekit.midi import InvalidMidiError, bar_ticks
+from notekit.sampling import heard_warnings
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,16 @@ def test_what_tokens_cannot_hold_is_said(loaded):
     assert "1 controller events" in remarks and "merged" in remarks
 
 
+def test_remarks_are_of_one_thread_and_warnings_of_others_go_their_way():
+    with pytest.warns(UserWarning, match="of another's"), heard_warnings() as remarks:
+        other = threading.Thread(target=warnings.warn, args=("secret.mid: a remark of another's",))
+        other.start()
+        other.join()
+        for _ in range(2):
+            warnings.warn("<score>: a remark", stacklevel=1)
+    assert remarks == ["a remark"]
+
+
 def test_three_hundred_tracks_are_a_prompt(loaded):
     score = Score(480)
     for index in range(300):
@@ -167,6 +181,30 @@ def test_sampling_is_the_checkpoint_s_own_unless_told(loaded):
     assert cold.ids == generate_piece(*loaded, bars=2, temperature=0).ids != told.ids
 
 
+def test_temperatures_and_top_p_may_be_whole_numbers(loaded):
+    pieces = [generate_piece(*loaded, bars=1, seed=3, temperature=t, top_p=p).ids for t, p in ((2, 1), (2.0, 1.0))]
+    assert pieces[0] == pieces[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 20},
+        {"logits_processor": []},
+        {"stopping_criteria": []},
+        {"streamer": None},
+        {"return_dict_in_generate": True},
+        {"num_return_sequences": 2},
+        {"num_beams": 2},
+        {"suppress_tokens": [5]},
+    ],
+    ids=str,
+)
+def test_generate_options_do_not_collide_with_the_piece_s_own(loaded, options):
+    with pytest.raises(ValueError, match=f"generate_options cannot hold {next(iter(options))}"):
+        generate_piece(*loaded, bars=1, generate_options=options)
+
+
 def test_a_prompt_has_a_bar(loaded):
     with pytest.raises(ValueError, match="prompt_bars 0"):
         continue_score(*loaded, band(bars=1), prompt_bars=0)
@@ -178,6 +216,8 @@ def test_a_prompt_has_a_bar(loaded):
         {"time_limit": 0},
         {"bars": 0},
         {"temperature": -1},
+        {"temperature": 1e-300},
+        {"temperature": 1e300},
         {"top_p": 0},
         {"programs": [200]},
         {"tempo": 5},

@@ -48,7 +48,7 @@ NOTE = b"\0\x90\x3c\x40\x60\x80\x3c\0"
         (midi_file((b"\xff\xff\xff\x7f" + NOTE[1:]) * 9 + END, division=4), "longer than"),
         (midi_file(b"\0\x9f\xbc\x40\0\x8f\xbc\0" + NOTE + END), "values that no MIDI file has"),
         (midi_file(b"\0\x3c\x40" + NOTE + END), "of a kind"),
-        (midi_file(NOTE + b"\0\xf7\1\0" + END), "of a kind"),
+        (midi_file(NOTE + b"\0\xf7\1\0" + END), "escape event"),
         (midi_file(NOTE + b"\0\xff\1\x50" + END), "inside an event"),
         (midi_file(NOTE + b"\0\x90\x3c"), "inside an event|values"),
         (midi_file(b"\0\xff\x58\4\4\x1f\x18\x08" + NOTE + END), "meter"),
@@ -73,6 +73,13 @@ def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "absent.mid", tmp_path):
         with pytest.raises(InvalidMidiError, match="cannot be opened"):
             read_score(path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b.mid", "\ud800.mid"], ids=ascii)
+def test_what_is_no_file_name_is_shown(path):
+    with pytest.raises(InvalidMidiError, match="cannot be opened") as caught:
+        read_score(path)
+    assert str(caught.value).startswith(f"{path!r}: ")
 
 
 def test_every_truncation_of_a_file_is_refused(tokenizer):

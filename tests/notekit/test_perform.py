@@ -146,6 +146,11 @@ def test_sampling_is_the_checkpoint_s_own_unless_told(loaded):
         model.generation_config.update(temperature=None, top_p=None)
 
 
+def test_temperatures_may_be_whole_numbers(loaded):
+    pieces = [generate_performance(*loaded, seconds=1, seed=3, temperature=number).ids for number in (2, 2.0)]
+    assert pieces[0] == pieces[1]
+
+
 def test_progress_follows_the_clock_and_counts_notes(loaded):
     calls = []
     report = lambda seconds, notes: calls.append((seconds, notes))  # noqa: E731
@@ -282,6 +287,8 @@ def test_unusable_prompts_are_named(loaded, tmp_path):
         {"max_tokens": 0},
         {"temperature": -1},
         {"temperature": float("nan")},
+        {"temperature": 1e-300},
+        {"temperature": 1e300},
         {"top_p": 0},
         {"top_p": 1.5},
         {"prompt_seconds": 0},

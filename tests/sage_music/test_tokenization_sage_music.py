@@ -9,6 +9,7 @@ from conftest import DATA, band, notes_of
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from sage_music import MidiGrammarLogitsProcessor, SageMusicConfig, SageMusicTokenizer
+from sage_music.generation_sage_music import NoDoubledNotesLogitsProcessor
 
 
 def test_all_sources_give_the_same_ids(tokenizer, tmp_path):
@@ -205,6 +206,16 @@ def test_smaller_vocabularies_of_others(tmp_path, meters, programs):
     assert music.convert_ids_to_tokens(music.transpose_ids(high, -88).tolist()) == ["Pitch_21"]
     with pytest.raises(ValueError, match="1 semitones"):
         music.transpose_ids(high, 1)
+
+
+def test_a_vocabulary_without_drums_of_its_own(tmp_path):
+    """No pitch is struck twice, and one note is not taken for all there are: that would read the piece at each step."""
+    music = smaller(tmp_path, use_programs=False, use_pitchdrum_tokens=False, special_tokens=["PAD", "BOS", "EOS"])
+    processor = NoDoubledNotesLogitsProcessor(SageMusicConfig(**music.config_fields()))
+    processor._program_before = lambda ids: pytest.fail("read back beyond the position")
+    ids = music("BOS_None Bar_None Position_0 Pitch_60 Velocity_79 Duration_1.0.8")["input_ids"]
+    scores = processor(torch.tensor([ids]), torch.zeros(1, music.vocab_size))
+    assert torch.isinf(scores[0]).nonzero().flatten().tolist() == [music.convert_tokens_to_ids("Pitch_60")]
 
 
 @pytest.mark.data

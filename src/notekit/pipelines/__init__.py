@@ -2,9 +2,17 @@
 
 import notekit.pipelines
 from transformers import pipeline
-pipe = pipeline("midi-continuation", model="FOLDER OR HUB NAME")
+pipe = pipeline("midi-continuation", model="FOLDER")
 result = pipe("prompt.mid", bars=16, seed=0)        # seconds=60 for PerceiverS
 open("continuation.mid", "wb").write(result["midi"])
+
+FOLDER is one that training wrote, or `sage_music.PRETRAINED`. A complete Hub repository and its folder bring a pipeline
+of their own, which Transformers takes by name only with `trust_remote_code=True`. To use the installed code with one of
+them, or an adapter, load it first:
+
+from notekit.checkpoint import load
+model, tokenizer = load("EXPORTED FOLDER")
+pipe = pipeline("midi-continuation", model=model, tokenizer=tokenizer)
 """
 
 from transformers import AutoModelForCausalLM

@@ -20,7 +20,8 @@ class SageMusicContinuationPipeline(ContinuationPipeline):
         seed: same seed, same music; of several inputs the i-th gets `seed + i`, or the i-th of a list.
         time_limit: seconds of wall time for the generation of one batch; music that is not finished then ends with its
             last whole bar, and `remarks` says so. Waiting for other threads does not count.
-        generate_options: more options of `generate()`, such as `{"use_mtp": True}`; a batch is then written one by one.
+        generate_options: more options of `generate()`, such as `{"use_mtp": True}`, but none that the piece has already
+            (its length, its rules, beams); a batch is then written one by one.
         audio, sample_rate: render sound too (false), in so many samples a second (44,100).
     """
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, islice
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from symusic import Score
 from torch.utils.data import Dataset, IterableDataset
@@ -29,7 +30,14 @@ def _is_number(value) -> bool:
 
 
 def _is_seed(value) -> bool:
-    return _is_whole(value) and abs(value) < 2**63
+    return _is_whole(value) and -(2**63) <= value < 2**63
+
+
+def _plain(value):
+    """NumPy's numbers and arrays as Python's, those in a list too."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 # Kinds of options: a check, and how to say what passes it.
@@ -44,7 +52,7 @@ KINDS = {
     "mapping": (lambda value: isinstance(value, dict), "a dictionary"),
     "seed": (
         lambda value: _is_seed(value) or (isinstance(value, list | tuple) and all(map(_is_seed, value))),
-        "a whole number of up to 63 bits, or a list of one for each input",
+        "a whole number from -2**63 to 2**63 - 1, or a list of one for each input",
     ),
     "sample rate": (
         lambda value: _is_whole(value) and SAMPLE_RATES[0] <= value <= SAMPLE_RATES[1],
@@ -60,8 +68,8 @@ class ContinuationPipeline(Pipeline):
     """Continues MIDI files: a path, bytes or a `symusic.Score` in, MIDI bytes and notes (and sound) out.
 
     A list gives a list; a generator, a dataset or a column of one gives an iterator. `batch_size=n` writes n prompts at
-    once, each with its own seed: of a list with `seed=s`, item i is what it alone is with `seed=s + i`. A list of seeds
-    has one for each item. Without a seed one is drawn from torch's generator.
+    once, each with its own seed: of a list with `seed=s`, item i is what it alone is with `seed=s + i` (-2**63 follows
+    2**63 - 1). A list of seeds has one for each item. Without a seed one is drawn from torch's generator.
 
     Options are those of the family's class, as arguments of a call, or of `pipeline()` for all calls. One process
     generates one batch at a time, whichever thread asks.
@@ -109,6 +117,7 @@ class ContinuationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **given) -> tuple[dict, dict, dict]:
         known = {**self.options, **BOTH, **RESULT}
+        given = {name: _plain(value) for name, value in given.items()}
         for name, value in given.items():
             if name not in known:
                 raise ValueError(
@@ -134,6 +143,7 @@ class ContinuationPipeline(Pipeline):
             num_workers: without effect: prompts are read in the thread that writes.
             batch_size: how many to write at once, 1 by default.
         """
+        batch_size = _plain(batch_size)
         size = self._batch_size if batch_size is None else batch_size
         if size is not None and not (_is_whole(size) and size > 0):
             raise ValueError(f"batch_size must be a whole number from 1, not {size!r}.")
@@ -162,7 +172,8 @@ class ContinuationPipeline(Pipeline):
                 raise ValueError(f"seed holds {len(seeds)} seeds for {total} inputs: give one for each.")
             seeds = iter(seeds)
         else:
-            seeds = count(self._draw_seed() if seeds is None else seeds)
+            first = self._draw_seed() if seeds is None else seeds
+            seeds = ((seed + 2**63) % 2**64 - 2**63 for seed in count(first))  # 64 bits, as a call takes them
         items = enumerate(inputs)
         while batch := list(islice(items, batch_size)):
             plans = []

@@ -1,12 +1,14 @@
 """What makes a killed run go on as if nothing had happened, and keeps two runs from mixing in one folder."""
 
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
 
 from transformers import TrainingArguments
 
+from notekit.checkpoint import BUNDLED
 from notekit.midi import write_atomic
 
 RUN_FILE = "run.json"
@@ -65,6 +67,9 @@ def _step(checkpoint: Path) -> int:
 def check_run(folder: Path, description: dict, resumes: bool) -> None:
     """Keep what a run folder holds: the same options go on, others must not.
 
+    Where the model to begin from is a folder, its place is kept too, for whoever reads the file from another folder. It
+    is not compared: the whole may be moved.
+
     Raises:
         ValueError: the folder holds checkpoints of a run with other options, naming them.
     """
@@ -80,6 +85,9 @@ def check_run(folder: Path, description: dict, resumes: bool) -> None:
                 f"{description[first]!r}). Call it with the same options to go on, or give another --output; to begin "
                 f"from its weights: --model {folder}/best."
             )
+    model = description.get("model")
+    if model and model not in BUNDLED and os.path.isdir(model):
+        description["model_folder"] = os.path.abspath(model)
     write_atomic(path, (json.dumps(description, indent=1) + "\n").encode())
 
 

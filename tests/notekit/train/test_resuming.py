@@ -1,5 +1,6 @@
 """Checkpoints that were not written to their end are passed over; two runs do not mix; no room is said at once."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -80,6 +81,27 @@ def test_a_folder_keeps_one_run(tmp_path):
     with pytest.raises(ValueError, match=r"seed was 0, now 1.*--output.*best"):
         check_run(tmp_path, {"seed": 1, "config": ["a"]}, resumes=True)
     check_run(tmp_path, {"seed": 1, "config": ["a"]}, resumes=False)  # nothing to go on from: a new run
+
+
+def test_a_run_says_where_its_base_lies(tmp_path, monkeypatch):
+    """For whoever reads it from another folder; an older run, or one that was moved, is gone on with all the same."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "perceivers").mkdir()  # the bundled one goes before it
+    monkeypatch.chdir(tmp_path)
+    for model, place in (("base", str(tmp_path / "base")), ("perceivers", None), ("user/base", None)):
+        run = tmp_path / f"run of {model.replace('/', ' ')}"
+        run.mkdir()
+        check_run(run, {"model": model}, resumes=False)
+        kept = json.loads((run / "run.json").read_text())
+        assert kept["model"] == model and kept.get("model_folder") == place
+        check_run(run, {"model": model}, resumes=True)
+        (run / "run.json").write_text(json.dumps({"model": model}))
+        check_run(run, {"model": model}, resumes=True)
+        assert json.loads((run / "run.json").read_text()) == kept
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "base").rename(tmp_path / "moved" / "base")
+    monkeypatch.chdir(tmp_path / "moved")
+    check_run(tmp_path / "run of base", {"model": "base"}, resumes=True)
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):

@@ -18,6 +18,7 @@ import notekit.pipelines
 import perceivers
 import sage_music
 from conversion.export_hub import export
+from notekit.checkpoint import load
 from notekit.compose import continue_score
 from notekit.midi import InvalidMidiError, read_notes
 from notekit.notes import end_s
@@ -153,6 +154,10 @@ def test_other_inputs_are_refused(either):
     pipe, _ = either
     with pytest.raises(ValueError, match=r"addresses are not fetched"):
         pipe("https://example.org/x.mid")
+    for path in ("", "a\0b.mid"):
+        with pytest.raises(InvalidMidiError, match="cannot be opened") as caught:
+            pipe(path)
+        assert repr(path) in str(caught.value)
     with pytest.raises(InvalidMidiError, match="no notes"):
         pipe(Score(480))
     for wrong in (None, 3, {"path": "x.mid"}):
@@ -170,6 +175,7 @@ def test_other_inputs_are_refused(either):
         {"temperature": -1},
         {"temperature": "hot"},
         {"temperature": float("nan")},
+        {"temperature": 1e-300},
         {"top_p": 1.5},
         {"seed": "x"},
         {"seed": 2**64},
@@ -204,6 +210,22 @@ def test_other_options_of_bars_are_checked(bars, options):
 def test_options_of_seconds_are_checked(seconds, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         seconds(MIDI, **options)
+
+
+def test_generate_options_do_not_collide(bars):
+    with pytest.raises(ValueError, match="generate_options cannot hold max_new_tokens"):
+        bars(MIDI, generate_options={"max_new_tokens": 20})
+
+
+def test_options_may_be_numpy_s(bars, seconds):
+    given = {"bars": np.int64(1), "prompt_bars": np.int8(2), "seed": np.int64(5), "temperature": np.float64(0.8)}
+    result = bars(MIDI, **given, free=np.bool_(False), programs=np.array([0]))
+    expected = bars(MIDI, bars=1, prompt_bars=2, seed=5, temperature=0.8, programs=[0])
+    assert result["midi"] == expected["midi"] and json.dumps(result["seed"]) == "5"
+    several = bars([MIDI] * 2, batch_size=np.int64(2), bars=1, prompt_bars=2, seed=np.arange(5, 7))
+    assert [result["seed"] for result in several] == [5, 6]
+    short = {"seconds": np.float32(1.5), "prompt_seconds": np.float64(3), "seed": np.uint8(5)}
+    assert seconds(MIDI, **short)["midi"] == seconds(MIDI, seconds=1.5, prompt_seconds=3, seed=5)["midi"]
 
 
 def test_options_of_the_pipeline_hold_for_its_calls(bars):
@@ -248,6 +270,14 @@ def test_seeds_must_fit_the_inputs(bars):
             bars(inputs, seed=[1, 2, 3])
 
 
+def test_every_seed_of_a_result_is_taken_back(either):
+    pipe, options = either
+    results = pipe([MIDI, MIDI], seed=2**63 - 1, **options)
+    assert results[0]["seed"] == 2**63 - 1
+    for result in results:
+        assert pipe(MIDI, seed=result["seed"], **options)["midi"] == result["midi"]
+
+
 def test_without_a_seed_torch_s_own_decides(bars):
     def draw():
         result = bars(MIDI, bars=1, prompt_bars=1)
@@ -288,6 +318,20 @@ def test_a_time_limit_keeps_whole_bars(bars):
 def test_a_time_limit_ends_seconds(seconds):
     result = seconds(MIDI, prompt_seconds=3, seconds=500, seed=0, time_limit=0.5)
     assert result["seconds"] < 3 and any("time limit of 0.5 s" in remark for remark in result["remarks"])
+
+
+# ---- exports
+
+
+def test_an_export_s_weights_run_in_the_installed_code(either, tmp_path):
+    """By name Transformers wants the flag, for the repository's own pipeline; of objects it asks for none."""
+    pipe, options = either
+    folder = export(pipe.model_type.replace("_", "-"), tmp_path / "hub", samples=False)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pipeline("midi-continuation", model=str(folder), device="cpu")
+    model, tokenizer = load(folder)
+    own = pipeline("midi-continuation", model=model, tokenizer=tokenizer, device="cpu")
+    assert type(own) is type(pipe) and own(MIDI, seed=3, **options)["midi"] == pipe(MIDI, seed=3, **options)["midi"]
 
 
 # ---- sound, device, saving
