@@ -76,15 +76,20 @@ class Output:
         """Note the run's options, or find that they are the folder's.
 
         Raises:
-            ValueError: it is the folder of a run with other options, or holds something else.
+            ValueError: it is the folder of a run with other options, or holds something else, or what its options.json
+                says cannot be read.
         """
         target = self.folder / "options.json"
         # Asked in this order: another process of the same run writes the options first.
         if any(not path.name.startswith(".") for path in self.folder.glob("*")) and not target.exists():
             raise ValueError(f"{self.folder}: not empty, and not the output of such a run. Choose another --output.")
+        earlier = None
         if not target.exists():
             write_atomic(target, json.dumps(options, indent=1).encode())
-        earlier = json.loads(target.read_text(encoding="utf-8"))
+        with suppress(ValueError):
+            earlier = json.loads(target.read_bytes())
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{target}: does not hold the options of such a run. Choose another --output.")
         for name in options.keys() | earlier.keys():
             if options.get(name) != earlier.get(name):
                 raise ValueError(
@@ -223,12 +228,17 @@ def continue_folder(
 
     Raises:
         FileNotFoundError: no MIDI files.
-        ValueError: an option outside its range, or `output` lies in `prompts` or is the output of something else.
+        ValueError: an option or `rank` outside its range, `output` and `prompts` lie one in the other, or `output` is
+            that of something else.
     """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks} processes: ranks are numbered from 0. Check RANK and WORLD_SIZE.")
     check_options(model, tokenizer, options)
     prompts, output = Path(prompts), Output(Path(output))
     if output.folder.resolve().is_relative_to(prompts.resolve()):
         raise ValueError(f"{output.folder}: lies in the folder of the prompts, which its music would join.")
+    if prompts.resolve().is_relative_to(output.folder.resolve()):
+        raise ValueError(f"{prompts}: lies in the output folder, and the music would overwrite it. Copy it elsewhere.")
     files = {path.relative_to(prompts).as_posix(): path for path in midi_files(prompts)}
     facts = {"weights": fingerprint(model, tokenizer), "seed": seed, "batch_size": batch_size, **options}
     output.claim({**facts, "device": model.device.type, "threads": torch.get_num_threads()})
@@ -348,6 +358,19 @@ def family_options(args: argparse.Namespace, family: str) -> dict:
     return {**defaults, "seconds": None if "max_tokens" in given else SECONDS, **given}
 
 
+def environment_number(name: str, default: int) -> int:
+    """What torchrun says of this process in the environment, or `default` where nothing does.
+
+    Raises:
+        ValueError: it is not a number.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} in the environment is not a number; torchrun sets it.") from None
+
+
 def device_of(name: str | None) -> torch.device:
     """The device of that name; of `None` this process' own GPU, or the CPU where there are none.
 
@@ -355,7 +378,7 @@ def device_of(name: str | None) -> torch.device:
         ValueError: there is no such device.
     """
     if name is None:
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local = environment_number("LOCAL_RANK", 0)
         name = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
@@ -379,9 +402,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, 2 for a wrong argument or input, 130 when interrupted."""
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
-        records = run(args, rank, ranks)
+        records = run(args, environment_number("RANK", 0), environment_number("WORLD_SIZE", 1))
     except (MissingExtraError, ValueError, OSError) as error:
         print(f"notekit.offline: error: {error}", file=sys.stderr)
         return 2

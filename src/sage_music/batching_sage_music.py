@@ -1,8 +1,12 @@
 """The MIDI grammar in Transformers' continuous batching, where requests of any length share one forward pass."""
 
+from collections.abc import Sequence
+from copy import copy
+from functools import wraps
 from itertools import chain
 
 import torch
+from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from .generation_sage_music import STATE, UNCHANGED, MidiGrammarLogitsProcessor
@@ -79,4 +83,76 @@ class RequestGrammarProcessor(ContinuousBatchingLogitsProcessor):
         return scores.masked_fill(owned & ~allowed, -torch.inf)
 
 
-__all__ = ["RequestGrammarProcessor"]
+def grammar_options(given: ContinuousBatchingConfig | None, generation_config) -> ContinuousBatchingConfig:
+    """A copy of the options for continuous batching, without asynchronous batches.
+
+    Raises:
+        ValueError: asynchronous batches are asked for.
+    """
+    # The generation config may still hold them: deprecated in Transformers, but it works.
+    given = given or getattr(generation_config, "continuous_batching_config", None)
+    options = copy(given or ContinuousBatchingConfig())
+    if options.use_async_batching:
+        raise ValueError(
+            "use_async_batching does not go with the MIDI grammar: batches begin before the tokens are known that it "
+            "reads. Leave it out, or set midi_grammar=False in the generation config."
+        )
+    options.use_async_batching = False
+    return options
+
+
+def check_kept(manager, grammar: bool) -> None:
+    """Refuse a manager kept from an earlier call that keeps the MIDI grammar where this one does not, or the reverse.
+
+    Raises:
+        ValueError: it does.
+    """
+    has = any(isinstance(known, RequestGrammarProcessor) for known in manager.logit_processor.logits_processor)
+    if has != grammar:
+        raise ValueError(
+            f"the manager kept from an earlier call (persistent_manager) has midi_grammar={has}, not {grammar}. Call "
+            "model.destroy_cached_continuous_batching_manager() first, or leave midi_grammar as it was."
+        )
+
+
+def add_grammar(manager, config) -> None:
+    """Let requests to a new manager keep the MIDI grammar."""
+    processors = manager.logit_processor
+    processors.logits_processor.insert(0, RequestGrammarProcessor(config))  # first, as in `generate()`
+    processors.tensors_required += 1
+    processors.do_processing = True
+
+
+def check_request(ids: Sequence[int], config, name: str) -> None:
+    """Refuse at the door what would end the batch with all that runs in it.
+
+    Raises:
+        ValueError: no ids, or one outside the vocabulary.
+    """
+    if len(ids) == 0:
+        raise ValueError(f"{name} has no tokens: it needs one at least, BOS.")
+    wrong = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"{name} holds the id {wrong}, outside the vocabulary of {config.vocab_size}.")
+
+
+def check_each_request(manager, config) -> None:
+    """Let a new manager take only what `check_request` does."""
+    add_request = manager.add_request
+
+    @wraps(add_request)
+    def checked(input_ids, request_id=None, *more, **options):
+        check_request(input_ids, config, "the request" if request_id is None else f"request {request_id}")
+        return add_request(input_ids, request_id, *more, **options)
+
+    manager.add_request = checked
+
+
+__all__ = [
+    "RequestGrammarProcessor",
+    "add_grammar",
+    "check_each_request",
+    "check_kept",
+    "check_request",
+    "grammar_options",
+]

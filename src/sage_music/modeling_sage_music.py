@@ -475,8 +475,9 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         """As in Transformers, whose `generate_batch` begins here; every request keeps the MIDI grammar.
 
         Raises:
-            ValueError: `kv_routing="head"`, whose cache cannot be cut into pages; or asynchronous batches, which begin
-                before the tokens are known that the grammar reads.
+            ValueError: `kv_routing="head"`, whose cache cannot be cut into pages; asynchronous batches, which begin
+                before the tokens are known that the grammar reads; or a manager kept from an earlier call with another
+                `midi_grammar`.
         """
         if self.config.kv_routing == "head":
             raise ValueError(
@@ -484,29 +485,36 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
                 "Call generate() with a batch of prompts, or train a model with kv_routing='token'."
             )
         # Not at the top: it rests on a module inside of Transformers, which may move; the model must load all the same.
-        from .batching_sage_music import RequestGrammarProcessor
+        from .batching_sage_music import add_grammar, check_each_request, check_kept, grammar_options
 
         chosen = generation_config if generation_config is not None else self.generation_config
-        grammar = self.config.grammar is not None and getattr(chosen, "midi_grammar", True)
+        grammar = self.config.grammar is not None and bool(getattr(chosen, "midi_grammar", True))
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if kept is not None:
+            check_kept(kept, grammar)
+            return super().init_continuous_batching(chosen, continuous_batching_config, **kwargs)
         if grammar:
+            continuous_batching_config = grammar_options(continuous_batching_config, chosen)
             chosen = copy(chosen)
             chosen.midi_grammar = False  # the usual processor would get the last token of each request alone
-            options = copy(continuous_batching_config) if continuous_batching_config else ContinuousBatchingConfig()
-            if options.use_async_batching:
-                raise ValueError(
-                    "use_async_batching does not go with the MIDI grammar: batches begin before the tokens are known "
-                    "that it reads. Leave it out, or set midi_grammar=False in the generation config."
-                )
-            options.use_async_batching = False
-            continuous_batching_config = options
         manager = super().init_continuous_batching(chosen, continuous_batching_config, **kwargs)
-        processors = manager.logit_processor
-        if grammar and not any(isinstance(known, RequestGrammarProcessor) for known in processors.logits_processor):
-            # First, as in `generate()`; a manager kept from the call before has it already.
-            processors.logits_processor.insert(0, RequestGrammarProcessor(self.config))
-            processors.tensors_required += 1
-            processors.do_processing = True
+        check_each_request(manager, self.config)
+        if grammar:
+            add_grammar(manager, self.config)
         return manager
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """As in Transformers.
+
+        Raises:
+            ValueError: a prompt without tokens or with an id that the vocabulary has not; see
+                `init_continuous_batching` for more.
+        """
+        from .batching_sage_music import check_request
+
+        for index, ids in enumerate(inputs):
+            check_request(ids, self.config, f"prompt {index}")
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

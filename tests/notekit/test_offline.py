@@ -180,6 +180,8 @@ def test_an_output_folder_of_something_else_is_left_alone(prompts, whole, tmp_pa
     assert "not empty" in capsys.readouterr().err
     assert main(argv(prompts, prompts / "out")) == 2
     assert "lies in the folder of the prompts" in capsys.readouterr().err
+    assert main(argv(whole / "music", whole)) == 2  # `music/a.mid` would be its own prompt
+    assert "lies in the output folder" in capsys.readouterr().err
     assert files(whole) == before
 
 
@@ -199,6 +201,28 @@ def test_wrong_options_end_with_a_sentence_before_the_first_prompt(prompts, tmp_
     errors = capsys.readouterr().err
     assert message in errors and len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{x", "null", "\udcff"])
+def test_an_options_file_that_says_nothing_is_named(prompts, tmp_path, capsys, text):
+    (tmp_path / "options.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert main(argv(prompts, tmp_path)) == 2
+    errors = capsys.readouterr().err
+    assert str(tmp_path / "options.json") in errors and len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "music").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "message"),
+    [("1", "1", "rank 1 of 1"), ("-1", "2", "rank -1 of 2"), ("zero", "2", "RANK='zero'"), ("0", "", "WORLD_SIZE=''")],
+)
+def test_a_wrong_environment_ends_with_a_sentence(prompts, tmp_path, capsys, monkeypatch, rank, ranks, message):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert main(argv(prompts, tmp_path / "out")) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_prompts_is_an_error(tmp_path, capsys):

@@ -115,6 +115,56 @@ def test_what_cannot_be_paged_is_refused(tokenizer):
     assert getattr(model.generation_config, "midi_grammar", True)  # as it was
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_kept_manager_is_not_used_with_the_other_grammar(tokenizer, pieces, first):
+    model = tiny_model(tokenizer, "token").double()
+    configs = {grammar: greedy(model, midi_grammar=grammar) for grammar in (True, False)}
+    expected = {grammar: alone(model, pieces, config) for grammar, config in configs.items()}
+
+    def kept(grammar: bool) -> list[list[int]]:
+        outputs = model.generate_batch(pieces, configs[grammar], paged(), persistent_manager=True)
+        return [output.generated_tokens for output in outputs.values()]
+
+    assert kept(first) == expected[first]
+    assert kept(first) == expected[first]  # the second time by the same manager
+    with pytest.raises(ValueError, match=rf"midi_grammar={first}.*destroy_cached_continuous_batching_manager"):
+        kept(not first)
+    model.destroy_cached_continuous_batching_manager()
+    assert kept(not first) == expected[not first]
+    model.destroy_cached_continuous_batching_manager()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [([], "no tokens"), ([1, 99999], "id 99999"), ([-3, 1], "id -3")],
+    ids=["empty", "high", "low"],
+)
+@pytest.mark.parametrize("grammar", [True, False])
+def test_a_wrong_request_is_refused_and_ends_no_other(tokenizer, pieces, wrong, message, grammar):
+    model = tiny_model(tokenizer, "token").double()
+    config = greedy(model, midi_grammar=grammar)
+    with pytest.raises(ValueError, match=f"prompt 1 .*{message}"):
+        model.generate_batch([pieces[0], wrong], config, paged())
+    with model.continuous_batching_context_manager(config, continuous_batching_config=paged()) as manager:
+        name = manager.add_request(pieces[0])
+        with pytest.raises(ValueError, match=f"request mine .*{message}"):
+            manager.add_request(wrong, "mine")
+        output = next(manager.request_id_iter(name))
+    assert output.error is None and output.generated_tokens == alone(model, pieces[:1], config)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Passing ContinuousBatchingConfig:FutureWarning")
+def test_a_cache_sized_in_the_generation_config_is_that_size(tokenizer):
+    """Deprecated in Transformers; unread, the cache would take most of the machine's memory."""
+    model = tiny_model(tokenizer, "token")
+    manager = model.init_continuous_batching(greedy(model, continuous_batching_config=paged()))
+    sizes = manager.continuous_batching_config
+    assert (sizes.page_size, sizes.num_blocks, sizes.max_batch_tokens) == (32, 12, 40)
+    with pytest.raises(ValueError, match="use_async_batching"):
+        config = greedy(model, continuous_batching_config=paged(use_async_batching=True))
+        model.init_continuous_batching(config)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs and FlashAttention cannot run")
 def test_graphs_on_a_gpu_give_the_same_tokens(tokenizer, pieces):
     model = tiny_model(tokenizer, "token").cuda()
