@@ -135,7 +135,10 @@ def export(
     _check_license(check_card(text).license, origin)
     with _written_whole(output) as folder:
         if samples:
-            write_samples(model, tokenizer, folder / "samples")
+            try:
+                write_samples(model, tokenizer, folder / "samples")
+            except MissingExtraError as error:
+                raise MissingExtraError(f"{error} --no-samples leaves the samples out.") from error
         write_code(model.config.model_type, folder)
         _write_weights(model, origin, folder, max_shard_size)
         _write_tokenizer(tokenizer, model.config.model_type, folder)

@@ -99,7 +99,7 @@ def _logged_in(token: str | None) -> tuple[HfApi, str]:
     if not re.fullmatch("[!-~]+", token):
         raise PushError("the token has characters that no token has: copy it again.")
     api = HfApi(token=token)
-    with _errors_of("the token", None):
+    with _errors_of("login", None):
         found = api.whoami()
     if found.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(f"the token of {found['name']} may only read: make one that may write.")
@@ -166,7 +166,7 @@ def _errors_of(what: str, user: str | None) -> Iterator[None]:
 
 
 def _no_connection(what: str, error: Exception) -> PushError:
-    again = "" if what == "the token" else " Run the same command again: what has arrived is not sent again."
+    again = "" if what == "login" else " Run the same command again: what has arrived is not sent again."
     return PushError(f"{what}: the connection to {constants.ENDPOINT} failed ({type(error).__name__}).{again}")
 
 

@@ -245,7 +245,8 @@ def test_the_command_says_errors_in_one_line(tiny, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(export_hub, "render_wav", missing)
     assert main([str(tiny / "perceivers"), str(tmp_path / "new"), "--license", "mit"]) == 2
-    assert "pip install" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    message = capsys.readouterr().err
+    assert "pip install" in message and "--no-samples" in message and not (tmp_path / "new").exists()
 
 
 def test_a_broken_checkpoint_is_not_exported(tmp_path):

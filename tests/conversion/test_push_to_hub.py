@@ -277,7 +277,7 @@ def test_no_network_is_one_line(hub, exported, tmp_path):
     hub.server.server_close()
     code, out, err = push(hub, tmp_path, exported, "someone/mine")
     assert code == 2 and not out and err.count("\n") == 1
-    assert err.startswith(f"push_to_hub: error: the token: the connection to {hub.url} failed")
+    assert err.startswith(f"push_to_hub: error: login: the connection to {hub.url} failed")
 
 
 def test_offline_mode_is_said(hub, exported, sent, monkeypatch):

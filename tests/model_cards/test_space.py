@@ -443,6 +443,7 @@ def test_forged_requests_do_no_harm(visit, space):
     assert "Traceback" not in page.content()
 
 
+@pytest.mark.skipif("SPACE_SCREENSHOTS" not in os.environ, reason="makes the pictures of docs/: set SPACE_SCREENSHOTS")
 def test_screenshots(visit, tmp_path):
     """The pictures in docs/, in light, dark and on a phone; `SPACE_SCREENSHOTS` says where to write them."""
     folder = Path(os.environ.get("SPACE_SCREENSHOTS", tmp_path))
