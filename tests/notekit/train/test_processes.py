@@ -29,21 +29,29 @@ TOKENIZERS = {"sage_music": SageMusicTokenizer, "perceivers": PerceiverSTokenize
 COMMON = "--block_size 128 --max_steps 22 --save_steps 4 --warmup_steps 2 --learning_rate 0.01 --logging_steps 1 "
 COMMON += "--tempo 0.1 --velocity 8 --report_to none --disable_tqdm true"
 
-# Training in a child that is forked after the slow imports and killed after so many seconds.
-KILLER = """
-import os, signal, sys, time
-from notekit.train.command import main
-delays, argv = [float(text) for text in sys.argv[1].split(",")], sys.argv[2:]
-for number, delay in enumerate([*delays, None]):
-    child = os.fork()
-    if child == 0:
-        os._exit(main(argv))
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+# Trainings one after the other, each forked after the slow imports: in one process, killed after so many seconds where
+# "kill_after" says so, or in two that find each other as under torchrun.
+FORKS = """
+import json, os, signal, sys, time
+from notekit.train.__main__ import run
+for job in json.loads(sys.argv[1]):
+    argv, world = job["argv"], job.get("processes", 1)
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            if world > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+            sys.argv[1:] = argv
+            run()  # ends the process
+        children.append(child)
+    if "kill_after" in job:
+        time.sleep(job["kill_after"])
+        os.kill(children[0], signal.SIGKILL)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
     kept = sorted(name for name in os.listdir(argv[argv.index("--output") + 1]) if name.startswith("checkpoint"))
-    print("ended", os.WIFSIGNALED(status), os.waitstatus_to_exitcode(status), *kept, flush=True)
+    print("ended", *map(os.waitstatus_to_exitcode, statuses), *kept, flush=True)
 """
 
 # PyTorch's FSDP, layer by layer as Accelerate shards them on GPUs (it passes over `--fsdp` on CPUs).
@@ -115,6 +123,14 @@ def run(*argv) -> str:
     return done.stdout
 
 
+def trainings(*jobs: dict) -> list[list[str]]:
+    """Run `FORKS`; of each job the exit codes of its processes and the checkpoints it left."""
+    lines = run("-c", FORKS, json.dumps(jobs)).splitlines()
+    ended = [line.split()[1:] for line in lines if line.startswith("ended")]
+    assert len(ended) == len(jobs)
+    return ended
+
+
 def torchrun(*argv) -> str:
     return run("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), *argv)
 
@@ -138,15 +154,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(folder, tmp_path, family):
-    run("-m", "notekit.train", *command(folder, tmp_path / "whole", family))
     seed = random.randrange(1000)
     draw = random.Random(seed)
     print("seed of the moments:", seed)
-    delays = ",".join(f"{draw.uniform(0.3, 3.0):.2f}" for _ in range(5))
-    lines = run("-c", KILLER, delays, *command(folder, tmp_path / "killed", family)).splitlines()
-    ended = [line.split() for line in lines if line.startswith("ended")]
-    assert len(ended) == 6 and ended[-1][1:3] == ["False", "0"]
-    print(*lines, sep="\n")
+    whole = {"argv": command(folder, tmp_path / "whole", family)}
+    killed = {"argv": command(folder, tmp_path / "killed", family)}
+    delays = [round(draw.uniform(0.3, 3.0), 2) for _ in range(5)]
+    first, *ended = trainings(whole, *[{**killed, "kill_after": delay} for delay in delays], killed)
+    print(*zip([*delays, None], ended, strict=True), sep="\n")
+    assert first[0] == ended[-1][0] == "0" and {one[0] for one in ended[:-1]} <= {"-9", "0"}
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), f"seed {seed}"
     assert losses(tmp_path / "whole", 20) == losses(tmp_path / "killed", 20)
@@ -157,18 +173,26 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
 @pytest.mark.parametrize("family", SHAPES)
 def test_two_processes_train_as_one_with_the_same_global_batch(folder, tmp_path, family):
     """Over gloo: the same loss curve, weights and evaluation, and a resumed run equals one that went through."""
-    run("-m", "notekit.train", *command(folder, tmp_path / "one", family, batch=4))
+    half = COMMON.replace("--max_steps 22", "--max_steps 22 --lr_scheduler_type constant")
+    stopped = half.replace("--max_steps 22", "--max_steps 10")
+
+    def pair(name, common):
+        argv = command(folder, tmp_path / name, family, batch=2, common=common)
+        return {"argv": argv, "processes": 2, "port": free_port()}
+
+    ended = trainings(
+        {"argv": command(folder, tmp_path / "one", family, batch=4)},
+        pair("through", half),
+        pair("resumed", stopped),
+        pair("resumed", half),
+    )
+    assert [codes[: 1 + (index > 0)] for index, codes in enumerate(ended)] == [["0"], *[["0", "0"]] * 3]
     torchrun("-m", "notekit.train", *command(folder, tmp_path / "two", family, batch=2))
     one, two = losses(tmp_path / "one", 20), losses(tmp_path / "two", 20)
     assert len(one) == len(two) == 20 and one[0] > one[-1]
     assert two == pytest.approx(one, abs=1e-4)
     nats = [losses(tmp_path / name, 20, "eval_nats_per_note") for name in ("one", "two")]
     assert nats[1] == pytest.approx(nats[0], rel=1e-4)
-    half = COMMON.replace("--max_steps 22", "--max_steps 22 --lr_scheduler_type constant")
-    torchrun("-m", "notekit.train", *command(folder, tmp_path / "through", family, batch=2, common=half))
-    stopped = half.replace("--max_steps 22", "--max_steps 10")
-    torchrun("-m", "notekit.train", *command(folder, tmp_path / "resumed", family, batch=2, common=stopped))
-    torchrun("-m", "notekit.train", *command(folder, tmp_path / "resumed", family, batch=2, common=half))
     assert losses(tmp_path / "resumed", 20) == losses(tmp_path / "through", 20)
     through, resumed = weights(tmp_path / "through"), weights(tmp_path / "resumed")
     assert all(torch.equal(through[name], resumed[name]) for name in through)
