@@ -120,17 +120,21 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
 
 
 def notes_from_score(score: Score) -> np.ndarray:
-    """The note array of a score, tempo changes applied."""
-    seconds = score.to("second")
-    parts = []
-    for index, track in enumerate(seconds.tracks):
+    """The note array of a score in ticks, tempo changes applied as `bar_times` applies them to bar lines."""
+    parts = [np.zeros(0, dtype=NOTE_DTYPE)]
+    for index, track in enumerate(score.tracks):
         soa = track.notes.numpy()
         part = np.zeros(len(soa["time"]), dtype=NOTE_DTYPE)
-        part["onset_s"], part["duration_s"] = soa["time"], soa["duration"]
+        part["onset_s"], part["duration_s"] = soa["time"], soa["duration"]  # in ticks as yet
         part["pitch"], part["velocity"] = soa["pitch"], np.maximum(soa["velocity"], 1)
         part["program"], part["track"] = (-1 if track.is_drum else track.program), index
         parts.append(part)
-    return check_notes(np.concatenate(parts) if parts else np.zeros(0, dtype=NOTE_DTYPE))
+    notes = np.concatenate(parts)
+    # Not `score.to("second")`, whose float32 puts notes before the bar line that they are on.
+    end = tick_to_seconds(score, notes["onset_s"] + notes["duration_s"])
+    notes["onset_s"] = tick_to_seconds(score, notes["onset_s"])
+    notes["duration_s"] = end - notes["onset_s"]
+    return check_notes(notes)
 
 
 def read_notes(source: str | os.PathLike | bytes) -> np.ndarray:

@@ -16,6 +16,7 @@ them. The output folder:
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -54,14 +55,26 @@ def prompt_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
+# What a config says of where a model is and what loaded it, and nothing of its music.
+PLACES = ("_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version")
+
+
 def fingerprint(model, tokenizer) -> str:
-    """A digest of what a checkpoint says: weights, vocabulary, and how it samples where nobody asks otherwise."""
+    """A digest of what a checkpoint says: weights and config, vocabulary and how notes become tokens, and sampling."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    known = {"vocabulary": tokenizer.get_vocab(), "generation": model.generation_config.to_dict()}
-    known["generation"].pop("transformers_version", None)
+    reading = set(inspect.signature(type(tokenizer).__init__).parameters) - {"self", "kwargs", "vocab_file"}
+    known = {
+        "vocabulary": tokenizer.get_vocab(),
+        "reading": {name: tokenizer.init_kwargs.get(name) for name in reading},
+        "config": model.config.to_dict(),
+        "generation": model.generation_config.to_dict(),
+    }
+    for part in (known["config"], known["generation"]):
+        for name in PLACES:
+            part.pop(name, None)
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -189,6 +189,23 @@ def test_bar_lines_follow_meter_and_tempo_changes():
     np.testing.assert_allclose(tick_to_seconds(score, np.array([720, 1920])), [0.75, 2.5])
 
 
+def test_notes_on_a_bar_line_are_not_before_it():
+    """An hour of tempo changes: the same seconds for notes and for bar lines."""
+    from symusic import Note, Score, Tempo, TimeSignature, Track
+
+    score = Score(480)
+    score.time_signatures.append(TimeSignature(0, 7, 8))
+    for index in range(3000):
+        score.tempos.append(Tempo(240 * index, 97.3 + index % 7))
+    lines = np.arange(1200) * 1680
+    score.tracks.append(Track())
+    score.tracks[0].notes.extend([Note(int(tick), 1680, 60, 80) for tick in lines])
+    notes, bars = notes_from_score(score), bar_times(score, at_least=1201)
+    assert bars[1200] > 2000
+    np.testing.assert_array_equal(notes["onset_s"], bars[:1200])
+    np.testing.assert_allclose(notes["onset_s"] + notes["duration_s"], bars[1:1201], rtol=1e-12)
+
+
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "a.mid"
     write_midi(path, band())

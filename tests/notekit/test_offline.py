@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import band
+from conftest import band, tiny_model, tiny_perceivers
 
 from notekit.checkpoint import load
 from notekit.compose import continue_score
 from notekit.midi import read_notes
-from notekit.offline import continue_folder, main, prompt_seed
+from notekit.offline import continue_folder, fingerprint, main, prompt_seed
+from perceivers import PerceiverSTokenizer
+from sage_music import SageMusicTokenizer
 
 COMMAND = [sys.executable, "-m", "notekit.offline"]
 
@@ -183,6 +185,23 @@ def test_an_output_folder_of_something_else_is_left_alone(prompts, whole, tmp_pa
     assert main(argv(whole / "music", whole)) == 2  # `music/a.mid` would be its own prompt
     assert "lies in the output folder" in capsys.readouterr().err
     assert files(whole) == before
+
+
+def test_the_fingerprint_is_of_all_that_the_music_depends_on(tmp_path):
+    """Equal weights are not yet an equal model."""
+    tokenizer, piano = SageMusicTokenizer(), PerceiverSTokenizer()
+    models = [(tiny_model(tokenizer), tokenizer)]
+    models += [(tiny_model(tokenizer, max_position_embeddings=256), tokenizer)]
+    models += [(tiny_model(tokenizer), SageMusicTokenizer(track_programs={}))]
+    models += [(tiny_perceivers(), piano), (tiny_perceivers(cross_scales=[None, None]), piano)]
+    others = ({"fold_pedal": False}, {"velocity_offset": 0}, {"time_rounding": "delta"})
+    models += [(tiny_perceivers(), PerceiverSTokenizer(**options)) for options in others]
+    found = [fingerprint(*both) for both in models]
+    assert len(set(found)) == len(models)
+    for index in (0, 2, 3, 5):
+        for part in models[index]:
+            part.save_pretrained(tmp_path / str(index))
+        assert fingerprint(*load(tmp_path / str(index))) == found[index]
 
 
 @pytest.mark.parametrize(
