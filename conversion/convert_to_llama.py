@@ -9,10 +9,8 @@ valid, which is a logits processor of this package, and a draft head.
 What has attribute-specialized key-value heads (`kv_routing` "head" or "token", the bundled checkpoint among them) is no
 Llama: a token's keys and values depend on its attribute, for which Llama has one matrix.
 
-GGUF: llama.cpp's `convert_hf_to_gguf.py` reads the weights and the config of OUTPUT as any Llama's, but it also wants a
-text tokenizer (SentencePiece, or a byte-level BPE that it knows), and a vocabulary of music has none. Where it reaches
-`set_vocab`, let it call `_set_vocab_none()`; then give the program token ids, made and read by `miditok.json`. This was
-not tried here.
+GGUF: `conversion.convert_to_gguf` writes this Llama as one file for llama.cpp. llama.cpp's own `convert_hf_to_gguf.py`
+ends with an error on OUTPUT: it wants a text tokenizer, and a vocabulary of music has none.
 """
 
 import argparse
