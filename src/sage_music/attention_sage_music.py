@@ -135,6 +135,19 @@ def varlen_arguments(sequences: torch.Tensor) -> dict[str, torch.Tensor | int]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
+def check_attention(config) -> None:
+    """
+    Raises:
+        ValueError: `kv_routing="head"` with an attention implementation that cannot run it.
+    """
+    implementation = config._attn_implementation
+    if config.kv_routing == "head" and implementation not in ("eager", "sdpa", "flex_attention"):
+        raise ValueError(
+            f"kv_routing='head' runs with attn_implementation 'sdpa', 'eager' or 'flex_attention', not "
+            f"{implementation!r}: its mask differs from head to head. A model with kv_routing='token' runs with any."
+        )
+
+
 def plan_prefill(
     config,
     plan: AttributePlan,
@@ -177,11 +190,7 @@ def plan_prefill(
         return
 
     sizes = config.query_heads_per_attribute
-    if implementation not in ("eager", "sdpa", "flex_attention"):
-        raise ValueError(
-            f"kv_routing='head' runs with attn_implementation 'sdpa', 'eager' or 'flex_attention', not "
-            f"{implementation!r}: its mask differs from head to head. A model with kv_routing='token' runs with any."
-        )
+    check_attention(config)
     group_of = torch.tensor([group for group, size in enumerate(sizes) for _ in range(size)], device=device)
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -461,4 +470,12 @@ class _HeadFold:
         return output if self.even else output[:, self.put]
 
 
-__all__ = ["AttributePlan", "SageMusicAttention", "norm_heads", "packed_sequences", "plan_prefill", "varlen_arguments"]
+__all__ = [
+    "AttributePlan",
+    "SageMusicAttention",
+    "check_attention",
+    "norm_heads",
+    "packed_sequences",
+    "plan_prefill",
+    "varlen_arguments",
+]

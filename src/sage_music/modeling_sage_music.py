@@ -26,6 +26,7 @@ from .attention_sage_music import (
     FEW_TOKENS,
     AttributePlan,
     SageMusicAttention,
+    check_attention,
     packed_sequences,
     plan_prefill,
     varlen_arguments,
@@ -183,6 +184,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
 
     def __init__(self, config: SageMusicConfig):
         super().__init__(config)
+        check_attention(config)  # a serving engine would compile before it hears of it in `forward`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([SageMusicDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SageMusicRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -175,9 +175,10 @@ def test_graphs_on_a_gpu_give_the_same_tokens(tokenizer, pieces):
     assert batched(model, pieces, greedy(model), use_cuda_graph=True, auto_switch_to_flash=False) == expected
 
 
-# What follows stands in for vLLM, which needs a GPU: its Transformers backend builds `AutoModel` with the attention
-# "vllm" and parameters on "meta", puts layers of its own in place of the linear ones and the norms, loads the weights
-# by name, and calls the model with all requests' new tokens in one row, no mask and no cache of Transformers.
+# What follows stands in for vLLM, which `test_vllm.py` runs where it is installed: its Transformers backend builds
+# `AutoModel` with the attention "vllm" and parameters on "meta", puts layers of its own in place of the linear ones and
+# the norms, loads the weights by name, and calls the model with all requests' new tokens in one row, no mask and no
+# cache of Transformers.
 
 
 @dataclass
