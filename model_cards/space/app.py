@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import zipfile
 from html import escape
@@ -30,12 +31,16 @@ if find_spec("notekit") is None:
     zipfile.ZipFile(wheel).extractall(PACKAGE)
     sys.path.insert(0, PACKAGE)
 
-# One folder for what visitors send and get, readable by this user alone. Both must be set before gradio is imported.
-FILES = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.mkdtemp(prefix="sage-music-space-"))
+# One folder for what visitors send and get, readable by this user alone. It is served, swept and deleted: never the
+# folder itself that the variable names, which may hold other files. Both must be set before gradio is imported.
+BASE = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
+os.makedirs(BASE, exist_ok=True)
+FILES = Path(tempfile.mkdtemp(prefix="sage-music-space-", dir=BASE)).absolute()
 os.environ["GRADIO_TEMP_DIR"] = str(FILES)
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr  # noqa: E402
+import safehttpx  # noqa: E402
 from files import sweep_forever  # noqa: E402
 from music import (  # noqa: E402
     MAX_BARS,
@@ -58,7 +63,9 @@ from notekit.notes import INSTRUMENTS  # noqa: E402
 from notekit.render import MissingExtraError, render_wav  # noqa: E402
 
 KEEP_SECONDS = 3600  # how long a visitor's files stay
+KEEP_SESSIONS = 100  # whose pages stay in memory: Gradio keeps what a page shows, up to 1 MB, until others push it out
 WAITING = 16  # visitors in the queue; more are told to come again
+END_SECONDS = 5.0  # the longest wait for music that is being written when the server ends
 
 FAMILIES = {"sage_music": "SAGE-Music, a band", "perceivers": "PerceiverS, a pianist"}
 # In a Space beside the app, in the repository at its top.
@@ -77,6 +84,16 @@ NAME_GROUPS = """() => {
 
 MODELS = {}  # label: (model, tokenizer), in the order the page offers them
 RUNNING: dict[str, Writing] = {}  # by session: what a visitor's Stop button stops
+ENDING = threading.Event()  # the server is about to end: what begins now is stopped, and no sound is written
+
+
+async def fetch_nothing(*args, **options):
+    raise ValueError("This page fetches nothing from other hosts.")
+
+
+# Gradio fetches an address that a forged request puts in the place of a file, in any field of a page or behind `file=`,
+# and asks a public name server about it. These are all its ways out.
+safehttpx.get = safehttpx.async_validate_url = fetch_nothing
 
 
 def load_models() -> None:
@@ -101,7 +118,7 @@ def prompt_of(example: str | None, uploaded: tuple[str, bytes] | None) -> tuple[
     if example is not None:
         return EXAMPLES[example].name, EXAMPLES[example].read_bytes()
     if uploaded is None:
-        raise ValueError("Your file was deleted after an hour: upload it again, or choose an example.")
+        raise ValueError("Your file is no longer kept here: upload it again, or choose an example.")
     return uploaded
 
 
@@ -182,6 +199,8 @@ def generate(
         score = read_prompt(data, name)
         writing = (BarsWriting if in_bars else SecondsWriting)(model, tokenizer, score, settings)
         RUNNING[who.session_hash] = writing
+        if ENDING.is_set():
+            writing.cancel()
         yield {
             status: _say("Listening to the prompt …"),
             spoken: "Writing. The Stop button ends it.",
@@ -194,6 +213,8 @@ def generate(
                     roll: draw(snapshot.roll),
                     status: _say(f"Writing {snapshot.place}, {snapshot.new_notes} notes …"),
                 }
+        if ENDING.is_set():
+            return
         yield {roll: draw(snapshot.roll), status: _say("Rendering the sound …"), stop: gr.update(interactive=False)}
         page, remarks = _result(snapshot, name)
         made = f"{snapshot.place}, {snapshot.new_notes} new notes, in {snapshot.piece.seconds:.1f} s. Seed {seed}."
@@ -213,6 +234,16 @@ def cancel(who: gr.Request) -> None:
     writing = RUNNING.get(who.session_hash)
     if writing is not None:
         writing.cancel()
+
+
+def end() -> None:
+    """Stop all music, and wait for it for a moment: a thread that writes keeps the process, and its sound's folder."""
+    ENDING.set()
+    for writing in list(RUNNING.values()):
+        writing.cancel()
+    until = time.monotonic() + END_SECONDS
+    while RUNNING and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _result(snapshot: Snapshot, name: str) -> tuple[str, list[str]]:
@@ -401,12 +432,15 @@ def main() -> None:
             css_paths=HERE / "style.css",
             head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
             max_file_size=MAX_BYTES,
+            state_session_capacity=KEEP_SESSIONS,
             footer_links=[],
             run_history=False,
             share=False,
             ssr_mode=False,
         )
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not keep the files
+        end()
         for folder in filter(None, (FILES, PACKAGE)):
             shutil.rmtree(folder, ignore_errors=True)
 

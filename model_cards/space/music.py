@@ -154,10 +154,13 @@ class BarsWriting(Writing):
             self.stream.cancel()
 
     def _write(self) -> Iterator[Snapshot]:
-        heard = self.plan.prompt_bars
-        lines = _bar_lines(self.score, heard, self.plan.bars)
-        prompt, new, shown = _until(self.score, lines[heard]), [], 0.0
-        with NoteStream(self.plan, time.perf_counter()) as self.stream:
+        plan = self.plan
+        heard = plan.prompt_bars
+        # As the model hears it, not as the file has it: a meter without a token becomes another, with other bar lines.
+        score = plan.piece(plan.ids, heard, 0.0, []).score
+        lines = _bar_lines(score, heard, plan.bars)
+        prompt, new, shown = _until(score, lines[heard]), [], 0.0
+        with NoteStream(plan, time.perf_counter()) as self.stream:
             if self.cancelled.is_set():
                 self.stream.cancel()
             for note in self.stream:
@@ -165,7 +168,7 @@ class BarsWriting(Writing):
                 if time.perf_counter() - shown >= REFRESH_SECONDS:
                     shown = time.perf_counter()
                     notes = np.concatenate([prompt, np.array(new, dtype=NOTE_DTYPE)])
-                    place = f"bar {note.bar - heard} of {self.plan.bars}"
+                    place = f"bar {note.bar - heard} of {plan.bars}"
                     caption = f"{len(new)} new notes so far."
                     labels = _bar_labels(len(lines) - 1)
                     yield Snapshot(Roll(notes, lines[heard], lines[-1], lines[:-1], labels, caption), place, len(new))

@@ -4,6 +4,7 @@ SPACE_SCREENSHOTS=docs python -m pytest tests/model_cards/test_space.py -k scree
 """
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -38,6 +39,14 @@ ARGS = [
     "--disable-sync",
 ]
 WAIT = 60_000  # milliseconds, on a busy machine
+# As `python app.py`, but that it looks for old files every second.
+RUN = """
+import runpy, sys
+sys.path[0] = sys.argv[1]
+import files
+files.EVERY_SECONDS = 1
+runpy.run_path(sys.argv[1] + "/app.py", run_name="__main__")
+"""
 
 
 def free_port() -> int:
@@ -66,23 +75,27 @@ class Trap:
 
 
 class Space:
-    """The app as its own process."""
+    """The app as its own process, told to keep its files in a folder where an old file of somebody lies."""
 
-    def __init__(self, files: Path, app: Path = SPACE / "app.py", **environment):
-        port, self.files, self.trap = free_port(), files, Trap()
-        self.url, self.log = f"http://127.0.0.1:{port}/", files.parent / f"{files.name}.log"
+    def __init__(self, folder: Path):
+        port, self.folder, self.trap = free_port(), folder, Trap()
+        self.url, self.log = f"http://127.0.0.1:{port}/", folder.parent / f"{folder.name}.log"
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         outside = {name: self.trap.address for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
         settings = {
             "GRADIO_SERVER_PORT": str(port),
-            "GRADIO_TEMP_DIR": str(files),
+            "GRADIO_TEMP_DIR": str(folder),
             "OMP_NUM_THREADS": "1",
             "no_proxy": "127.0.0.1,localhost",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        files.mkdir()
+        self.thesis = folder / "thesis.tex"
+        folder.mkdir()
+        self.thesis.write_text("years of work")
+        os.utime(self.thesis, (1e9, 1e9))
         self.process = subprocess.Popen(
-            [sys.executable, str(app)],
-            env={**os.environ, **outside, **settings, **environment},
+            [sys.executable, "-c", RUN, str(SPACE)],
+            env={**os.environ, **outside, **settings},
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -90,15 +103,36 @@ class Space:
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text())
             try:
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(self.url, timeout=5)
+                self.config = json.load(self.open("config"))
+                self.files = next(folder.glob("sage-music-space-*"), folder)
                 return
             except OSError:
                 time.sleep(0.2)
         raise RuntimeError(f"the Space did not start: {self.log.read_text()}")
 
+    def open(self, path: str, body: dict | None = None):
+        """The reply to a request without a browser; an error's, too."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            return self.opener.open(request, timeout=WAIT / 1000)
+        except urllib.error.HTTPError as error:
+            return error
+
+    def send(self, element: str, trigger: str, data: list, session: str):
+        """What the page sends when something is done to an element, or something else. The reply is a stream."""
+        source = next(c["id"] for c in self.config["components"] if c["props"].get("elem_id") == element)
+        event = next(d["id"] for d in self.config["dependencies"] if [source, trigger] in d["targets"])
+        body = {"data": data, "fn_index": event, "session_hash": session, "trigger_id": source}
+        self.open("gradio_api/queue/join", body)
+        return self.open(f"gradio_api/queue/data?session_hash={session}")
+
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +140,15 @@ def space(tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed")
     space = Space(tmp_path_factory.mktemp("space") / "files")
     yield space
-    space.stop()
-    assert not space.files.exists(), f"visitors' files are left: {space.log.read_text()}"
+    # Its end comes at once, also in the middle of a long piece, and takes the visitors' files along but no others.
+    piece = ["Saints", None, "PerceiverS, a pianist", 4, 1, 10, 60, [], 0.9, 0.95, "1"]
+    try:
+        replies = space.send("start", "click", piece, "last")
+        assert any(b"Writing second" in line for line in replies), space.log.read_text()
+    finally:
+        space.stop()
+    left = [path.name for path in space.folder.iterdir()]
+    assert left == ["thesis.tex"], f"{left}: {space.log.read_text()}"
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +453,7 @@ def test_nobody_gets_anothers_music(visit, space):
     assert download(first) != download(second) and secret.parent.name not in second.content()
     # What can be guessed of its address leads nowhere: no folder is listed, and nothing outside is served.
     guesses = (space.files, secret.parent, space.files / "continuation.wav", SPACE / "app.py", "/etc/passwd")
-    for path in guesses:
+    for path in (*guesses, space.thesis):
         reply = second.request.get(f"{space.url}gradio_api/file={path}")
         assert reply.status in (403, 404), (path, reply.status)
     config = second.request.get(f"{space.url}config").text()
@@ -426,21 +467,65 @@ FORGED = [(4, 1e9), (4, "many"), (3, -4), (7, [999]), (2, "../../etc"), (0, "/et
 def test_forged_requests_do_no_harm(visit, space):
     """What the page's own controls could never send."""
     page = visit()
-    config = page.request.get(f"{space.url}config").json()
-    start = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "start")
-    event = next(d["id"] for d in config["dependencies"] if [start, "click"] in d["targets"])
     good = ["Saints", None, "SAGE-Music, a band", 4, 1, 10, 20, [], 0.9, 0.95, "1"]
     for place, value in FORGED:
         data = [*good[:place], value, *good[place + 1 :]]
-        session = f"forged{place}"
-        body = {"data": data, "fn_index": event, "session_hash": session, "trigger_id": start}
-        page.request.post(f"{space.url}gradio_api/queue/join", data=body)
-        reply = page.request.get(f"{space.url}gradio_api/queue/data?session_hash={session}", timeout=WAIT).text()
+        reply = space.send("start", "click", data, f"forged{place}").read().decode()
         assert "process_completed" in reply and "continuation.wav" not in reply, (place, value, reply[-500:])
     set_number(page, "bars", 1)
     page.click("#start")
     watch(page)
     assert "Traceback" not in page.content()
+
+
+def test_no_forged_address_is_fetched(space):
+    """Nor is anybody asked where it lies. Gradio asks a name server about most addresses, but trusts the Hub's."""
+    for address in ("http://huggingface.co/x.mid", "https://hf.co/x.mid", "http://127.0.0.3/x.mid"):
+        file = {"path": address, "meta": {"_type": "gradio.FileData"}}
+        for index, (element, trigger, data) in enumerate(
+            (
+                ("upload", "upload", [file, "SAGE-Music, a band", 4, 1, 10, 20]),
+                ("start", "click", [file, None, "SAGE-Music, a band", 4, 1, 10, 20, [], 0.9, 0.95, "1"]),
+                ("start", "click", ["Saints", None, "SAGE-Music, a band", 4, file, 10, 20, [], 0.9, 0.95, "1"]),
+            )
+        ):
+            reply = space.send(element, trigger, data, f"address{index}").read().decode()
+            assert "process_completed" in reply and '"success":false' in reply, (address, element, reply[-500:])
+            assert not space.trap.caught, (address, element)
+    # Another one: Gradio remembers for a while what it was told.
+    assert space.open("gradio_api/file=http://127.0.0.4/x.mid").status == 403
+    assert space.open("gradio_api/proxy=http://127.0.0.4/x.mid").status == 400
+    assert not space.trap.caught
+
+
+def test_a_page_does_not_stay_in_memory_for_ever(space):
+    """Gradio keeps what a page shows; here, of the last hundred pages. A deep link says whether it still does."""
+
+    def is_kept(session: str) -> bool:
+        return len(space.open(f"gradio_api/deep_link?session_hash={session}").read()) > 2
+
+    def come(session: str) -> None:
+        body = {"component_id": space.config["components"][0]["id"], "fn_name": "", "session_hash": session, "data": 0}
+        space.open("gradio_api/component_server", body)
+
+    come("first")
+    assert is_kept("first")
+    for index in range(101):
+        come(f"other{index}")
+    assert not is_kept("first") and is_kept("other100")
+
+
+def test_only_its_own_old_files_go(space):
+    """Every second here. The folder it is told to use is somebody's, and what lies there is older."""
+    old = space.files / "old.mid"
+    old.write_bytes(b"MThd")
+    os.utime(old, (1e9, 1e9))
+    begin = time.monotonic()
+    while old.exists():
+        assert time.monotonic() - begin < WAIT / 1000, "nothing is swept"
+        time.sleep(0.1)
+    assert space.thesis.read_text() == "years of work"
+    assert space.files.parent == space.folder and space.files.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.skipif("SPACE_SCREENSHOTS" not in os.environ, reason="makes the pictures of docs/: set SPACE_SCREENSHOTS")
@@ -542,6 +627,27 @@ def test_bad_prompts_are_named(module):
 
     with pytest.raises(ValueError, match=r"^x\.mid: it has 20,001 notes"):
         music.read_prompt(score_from_notes(crowd).dumps_midi(), "x.mid")
+
+
+@pytest.mark.parametrize("meter", [(13, 8), (7, 32)])
+def test_the_roll_shows_the_bars_that_the_model_hears(module, meter):
+    """A meter without a token is another one to the model, while it writes as when it has written."""
+    from symusic import Note, Score, TimeSignature, Track
+
+    from notekit.checkpoint import load
+
+    music, prompt, track = module("music"), Score(480), Track(program=0)
+    prompt.time_signatures.append(TimeSignature(0, *meter))
+    track.notes.extend([Note(480 * beat, 240, 60 + beat * 5 % 24, 80) for beat in range(64)])
+    prompt.tracks.append(track)
+    prompt = music.read_prompt(prompt.dumps_midi(), "odd.mid")
+    first, *_, last = music.BarsWriting(*load(), prompt, music.Settings(4, 1, [], 0.9, 0.95, 1))
+    heard = len(first.roll.notes) - first.new_notes
+    assert first.piece is None and last.piece is not None
+    assert first.roll.prompt_end_s == pytest.approx(last.roll.prompt_end_s)
+    assert first.roll.notes["onset_s"][:heard].max() < first.roll.prompt_end_s
+    assert first.roll.notes["onset_s"][heard:].min() >= first.roll.prompt_end_s - 1e-6
+    assert heard == len(last.roll.notes) - last.new_notes
 
 
 def test_a_piece_has_a_limit_of_time(module, monkeypatch):
