@@ -27,9 +27,13 @@ goes wrong is an answer too, never an exception:
 | `internal` | nothing: the fault is the server's, and in its log |
 
 Each limit of `Limits` can be set by an environment variable: `max_bytes` by `SAGE_MUSIC_MAX_BYTES`. While one batch is
-generated others wait; of those, what can be is decoded together next: with SAGE-Music requests of one temperature and
-top_p, with PerceiverS seeds for one prompt. Each has random numbers of its own, so that nobody's music depends on who
-else asks, but for the rounding of sums (`SAGE_MUSIC_BATCH=1`: not at all).
+generated, for `time_limit` at most, others wait; the oldest is next, and with it what can be decoded together: with
+SAGE-Music requests of one temperature, one top_p and about as many bars (1, 2, 3-4, 5-8, 9-16 ...), with PerceiverS
+seeds for one prompt. Those of a batch are answered when the last of them has ended.
+
+Each has random numbers of its own, so that nobody's music depends on who else asks, but for the rounding of sums, and
+for `time_limit`: a batch is slower than one request, so that a piece may be cut (a remark says so) that alone would
+just have been finished. `SAGE_MUSIC_BATCH=1`: neither.
 """
 
 import base64
@@ -43,7 +47,7 @@ import threading
 import time
 import wave
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +69,9 @@ COMMON = ("temperature", "top_p", "seed", *SOUND)
 # Of generate()'s own options, those that a stranger may set: none changes what is checked here, or takes memory.
 GENERATE_OPTIONS = ("use_mtp", "num_assistant_tokens")
 
+# Seconds that a batch waits for company: who was answered and asks again at once is in the next one, not the one after.
+GATHER = 0.02
+
 # Whole numbers that every JSON reader gets right.
 MAX_SEED = 2**53 - 1
 
@@ -84,7 +91,7 @@ class Limits:
         max_audio_seconds: of prompt and new music together, where audio is asked for.
         time_limit: seconds that one generation may take; the music then ends early, with a remark.
         max_waiting: requests being served or waiting; the next one is told that the server is busy.
-        max_wait: seconds after which a request that still waits is told so too.
+        max_wait: seconds after which a request whose turn has not come is told so too.
         batch: requests decoded together at most; 1: one at a time.
     """
 
@@ -166,7 +173,6 @@ class Job:
     seed: int
     options: dict
     sound: dict
-    arrived: float = field(default_factory=time.monotonic)
     answer: dict | None = None
 
 
@@ -190,16 +196,14 @@ class EndpointHandler:
         self._inside = threading.BoundedSemaphore(self.limits.max_waiting)
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[Job] = deque()
-        self._running = False
+        self._worker: threading.Thread | None = None
 
     def __call__(self, data: dict) -> dict:
         """The answer to one request, in JSON's types. Raises nothing."""
         if not self._inside.acquire(blocking=False):
             return _error("busy", f"{self.limits.max_waiting} requests are waiting already: try again later.")
         try:
-            job = self._read(data)
-            self._wait(job)
-            return job.answer
+            return self._wait(self._read(data))
         except Exception as error:
             return self._failure(error)
         finally:
@@ -250,32 +254,42 @@ class EndpointHandler:
 
     # ---- generating, one batch at a time
 
-    def _wait(self, job: Job) -> None:
-        """Return when `job` has its answer. One of the threads that wait generates, the oldest jobs first."""
+    def _wait(self, job: Job) -> dict:
+        """The answer to `job`, from the one thread that generates; it lives for as long as somebody waits."""
         with self._changed:
+            if self._worker is None or not self._worker.is_alive():
+                worker = threading.Thread(target=self._work, daemon=True)
+                worker.start()
+                self._worker = worker
             self._waiting.append(job)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: job.answer is not None or not self._running)
-                if job.answer is not None:
-                    return
-                self._running, batch = True, self._take()
+            if not self._changed.wait_for(lambda: job not in self._waiting, self.limits.max_wait):
+                self._waiting.remove(job)
+                raise Busy(f"the request waited {self.limits.max_wait:g} s for its turn: try again later.")
+            self._changed.wait_for(lambda: job.answer is not None)
+        return job.answer
+
+    def _work(self) -> None:
+        while batch := self._take():
             try:
                 self._generate(batch)
             finally:
-                with self._changed:
-                    for one in batch:
-                        one.answer = one.answer or _error("internal", "the request was not finished.")
-                    self._running = False
-                    self._changed.notify_all()
+                for job in batch:
+                    if job.answer is None:
+                        self._tell(job, _error("internal", "the request was not finished."))
 
     def _take(self) -> list[Job]:
-        """The oldest waiting job and those that can be decoded with it, out of the queue."""
-        key = self._key(self._waiting[0])
-        batch = [job for job in self._waiting if self._key(job) == key][: self.limits.batch]
-        for job in batch:
-            self._waiting.remove(job)
-        return batch
+        """The oldest waiting job and those that can be decoded with it, out of the queue; none: the thread may end."""
+        time.sleep(GATHER)
+        with self._changed:
+            if not self._waiting:
+                self._worker = None
+                return []
+            key = self._key(self._waiting[0])
+            batch = [job for job in self._waiting if self._key(job) == key][: self.limits.batch]
+            for job in batch:
+                self._waiting.remove(job)
+            self._changed.notify_all()
+            return batch
 
     def _key(self, job: Job):
         """Jobs of equal keys are decoded together."""
@@ -283,46 +297,57 @@ class EndpointHandler:
             return job.midi, job.options  # prompts of other lengths would only wait for each other
         if "generate_options" in job.options:
             return id(job)
-        return job.options.get("temperature"), job.options.get("top_p")
+        # All wait for the longest: 1, 2, 3-4, 5-8, 9-16 ... bars.
+        return job.options.get("temperature"), job.options.get("top_p"), (job.options["bars"] - 1).bit_length()
 
     def _generate(self, batch: list[Job]) -> None:
         """Give every job of the batch its answer.
 
         Prompts are read here, one after the other, and not in each request's thread: reading takes the process's time.
         """
-        limits, plans = self.limits, {}
+        plans = {}
         for job in batch:
             try:
-                if time.monotonic() - job.arrived > limits.max_wait:
-                    raise Busy(f"the request waited {limits.max_wait:g} s for its turn: try again later.")
-                read = self.pipe.preprocess(job.midi, seed=job.seed, time_limit=limits.time_limit, **job.options)
-                (plan,) = read["plans"]
-                heard = min(len(plan.ids), self.pipe.model.config.max_position_embeddings)
-                if heard > limits.max_prompt_tokens:
-                    raise TooLarge(
-                        f"the prompt has {heard:,} tokens, {limits.max_prompt_tokens:,} at most: shorten it."
-                    )
-                if self.family == "PerceiverS":  # where a request names none, seconds have room for many
-                    plan.budget = min(plan.budget, limits.max_tokens)
-                plans[job] = plan
+                plans[job] = self._plan(job)
             except Exception as error:
-                job.answer = self._failure(error)
-        if not plans:
-            return
+                self._tell(job, self._failure(error))
+        if plans:
+            self._write(plans)
+
+    def _plan(self, job: Job):
+        """What is to be written for a job."""
+        limits = self.limits
+        (plan,) = self.pipe.preprocess(job.midi, seed=job.seed, time_limit=limits.time_limit, **job.options)["plans"]
+        heard = min(len(plan.ids), self.pipe.model.config.max_position_embeddings)
+        if heard > limits.max_prompt_tokens:
+            raise TooLarge(f"the prompt has {heard:,} tokens, {limits.max_prompt_tokens:,} at most: shorten it.")
+        if self.family == "PerceiverS":  # where a request names none, seconds have room for many
+            plan.budget = min(plan.budget, limits.max_tokens)
+        return plan
+
+    def _write(self, plans: dict) -> None:
+        """Generate what is planned and answer each job; where they fail together, one by one."""
         try:
-            music = self.pipe.forward({"plans": list(plans.values())})
-        except Exception as error:
-            for job in plans:  # one prompt is at fault: the others shall not suffer for it
-                if len(plans) > 1:
-                    self._generate([job])
-                else:
-                    job.answer = self._failure(error)
+            music, failure = self.pipe.forward({"plans": list(plans.values())}), None
+        except Exception as error:  # let go before the next attempt: it holds what was in memory
+            music, failure = {}, self._failure(error)
+        if failure and len(plans) > 1:
+            end = time.monotonic() + self.limits.time_limit  # for all of them
+            for left, (job, plan) in zip(range(len(plans), 0, -1), plans.items(), strict=True):
+                plan.time_limit = max(round((end - time.monotonic()) / left, 1), 0.1)
+                self._write({job: plan})
             return
         for index, job in enumerate(plans):
             try:
-                job.answer = self._answer(job, {name: [values[index]] for name, values in music.items()})
+                answer = failure or self._answer(job, {name: [values[index]] for name, values in music.items()})
             except Exception as error:
-                job.answer = self._failure(error)
+                answer = self._failure(error)
+            self._tell(job, answer)
+
+    def _tell(self, job: Job, answer: dict) -> None:
+        with self._changed:
+            job.answer = answer
+            self._changed.notify_all()
 
     def _answer(self, job: Job, music: dict) -> dict:
         """What the pipeline wrote for a job, in JSON's types."""

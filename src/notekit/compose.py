@@ -7,6 +7,7 @@ piece = continue_score(model, tokenizer, "prompt.mid", prompt_bars=4, bars=16, s
 piece.score.dump_midi("continuation.mid")
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -198,7 +199,7 @@ class Plan:
         temperature, top_p, seed, progress, time_limit, generate_options: as for `generate_piece`.
 
     Raises:
-        ValueError: an option outside its range, naming it.
+        ValueError: an option outside its range, naming it; or one bar alone is longer than the model's context.
     """
 
     model: SageMusicForCausalLM
@@ -226,6 +227,7 @@ class Plan:
         check_generate_options(self.generate_options)
         self.sampling = sampling_options(self.temperature, self.top_p)
         self.forbidden = forbidden_ids(self.tokenizer, self.allowed)
+        _window(self.model, self.tokenizer, self.ids)  # raises what is wrong with the prompt's last bar
 
     def write(self, streamer=None) -> Piece:
         """Generate the music.
@@ -290,7 +292,9 @@ class Plan:
                             LeaveProgram(model.config, [self.forbidden]),
                         ]
                     ),
-                    suppress_tokens=self.forbidden or None,
+                    # Given here, they replace the checkpoint's own.
+                    suppress_tokens=[*self.forbidden, *(model.generation_config.suppress_tokens or ())] or None,
+                    max_time=math.inf,  # what a checkpoint says would make the music depend on the machine
                     streamer=_Progress(model.config, self.progress, row.lines - self.prompt_bars, notes, streamer),
                     **self.sampling | (self.generate_options or {}),
                 )
@@ -343,6 +347,9 @@ class Row:
         elif self.lines == before:
             self.goes_on, self.kept = False, self.lines
             self.remarks.append(f"stopped at bar {self.lines}: the model wrote {len(new)} tokens without a bar line")
+        elif _first_heard(self.plan.model, self.ids) is None:
+            self.goes_on, self.kept = False, self.lines
+            self.remarks.append(f"stopped at bar {self.lines}: it grew longer than the context")
 
 
 @contextmanager
@@ -368,20 +375,31 @@ class _Window:
 
 
 def _window(model, tokenizer, ids: list[int]) -> tuple[_Window, bool]:
-    """What the model hears: everything, or BOS and the last bars that leave half of the context free."""
+    """What the model hears: everything, or BOS and the last bars that leave half of the context free.
+
+    Raises:
+        ValueError: the last bar alone is longer than the context.
+    """
+    first = _first_heard(model, ids)
+    if first is None:
+        context = model.config.max_position_embeddings
+        raise ValueError(f"a single bar holds more than the context of {context} tokens: choose a thinner prompt.")
+    heard = tokenizer.crop_ids(np.array(ids), first).tolist() if first else ids
+    return _Window(heard, int(np.array(model.config.grammar["bars"])[heard].sum())), first > 0
+
+
+def _first_heard(model, ids: list[int]) -> int | None:
+    """Where in `ids` the model's window begins: 0, or at a bar line; None where not even the last bar fits."""
     context = model.config.max_position_embeddings
-    bars_of = np.array(model.config.grammar["bars"])
     if len(ids) <= context - context // 4:
-        return _Window(ids, int(bars_of[ids].sum())), False
-    lines = np.flatnonzero(bars_of[ids])
-    fitting = lines[len(ids) - lines < context // 2]
-    # A prompt ends with a bare bar line: with nothing before it the model would hear no music at all.
-    if not len(fitting) or len(ids) - fitting[0] < 3:
-        fitting = lines[len(ids) - lines < context - 128]
-        if not len(fitting) or len(ids) - fitting[0] < 3:
-            raise ValueError(f"a single bar holds more tokens than the context of {context}: choose a thinner prompt.")
-    kept = tokenizer.crop_ids(np.array(ids), int(fitting[0])).tolist()
-    return _Window(kept, int(bars_of[kept].sum())), True
+        return 0
+    lines = np.flatnonzero(np.array(model.config.grammar["bars"])[ids])
+    for most in (context // 2, context - min(128, context // 4)):
+        fitting = lines[len(ids) - lines < most]
+        # A prompt ends with a bare bar line: with nothing before it the model would hear no music at all.
+        if len(fitting) and len(ids) - fitting[0] >= 3:
+            return int(fitting[0])
+    return None
 
 
 class _Progress(BaseStreamer):

@@ -7,6 +7,7 @@ model, tokenizer = load()
 pieces = write_together([plan_continuation(model, tokenizer, path, seed=0) for path in ("a.mid", "b.mid")])
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -71,6 +72,7 @@ def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline:
     output = model.generate(
         **inputs,
         max_new_tokens=max(room),
+        max_time=math.inf,  # as in `Plan.write`
         do_sample=False,
         stopping_criteria=StoppingCriteriaList(stops if deadline is None else [*stops, deadline]),
         logits_processor=LogitsProcessorList(

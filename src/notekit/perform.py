@@ -215,6 +215,7 @@ class Plan:
                     torch.tensor([ids], device=self.model.device),
                     attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
                     max_new_tokens=self.budget,
+                    max_time=math.inf,  # what a checkpoint says would make the music depend on the machine
                     logits_processor=self.processors(),
                     stopping_criteria=StoppingCriteriaList([] if deadline is None else [deadline]),
                     streamer=None if self.progress is None else _Progress(clock, self.progress, -self.wait),

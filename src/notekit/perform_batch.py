@@ -7,6 +7,7 @@ model, tokenizer = load("perceivers")
 performances = write_together([plan_continuation(model, tokenizer, "prompt.mid", seed=seed) for seed in range(4)])
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -62,6 +63,7 @@ def _write_group(plans: list[Plan]) -> list[Performance]:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=first.budget,
+            max_time=math.inf,  # as in `Plan.write`
             do_sample=False,
             logits_processor=LogitsProcessorList([*first.processors(), *sampler]),
             stopping_criteria=StoppingCriteriaList([] if deadline is None else [deadline]),

@@ -47,6 +47,46 @@ def prompt(seed: int, bars: int = 1) -> bytes:
     return score.dumps_midi()
 
 
+def overfull() -> bytes:
+    """A small file that every reader takes: one bar of 900 notes, more than the context of the model."""
+    begins, ends = b"", b""
+    for i in range(900):
+        begins += bytes([0, 0x90 | i % 9, i * 7 % 128, 80])
+        begins += bytes([1, 0xB0, 1, 1]) if i % 9 == 8 else b""
+        ends += bytes([0 if i else 96, 0x80 | i % 9, i * 7 % 128, 0])
+    return midi_file(begins + ends + END)
+
+
+def answers_at_once(handler, monkeypatch, bodies, write=None):
+    """Answers to requests that all wait, in this order, before one is taken; and what was generated at once, by seed.
+
+    Args:
+        write: `write(forward, inputs, futures)` in place of the pipeline's `forward(inputs)`.
+    """
+    begun, go_on, batches, futures, forward = threading.Event(), threading.Event(), [], [], handler.pipe.forward
+
+    def held(inputs):
+        if not begun.is_set():
+            begun.set()
+            assert go_on.wait(60)
+            return forward(inputs)
+        batches.append([plan.seed for plan in inputs["plans"]])
+        return write(forward, inputs, futures) if write else forward(inputs)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(len(bodies) + 1) as pool:
+        patch.setattr(handler.pipe, "forward", held)
+        first = pool.submit(handler, request_for(prompt(0), bars=1, prompt_bars=1, temperature=0.5))
+        assert begun.wait(60)
+        for body in bodies:
+            futures.append(pool.submit(handler, body))
+            while len(handler._waiting) < len(futures) and not futures[-1].done():
+                time.sleep(0.001)
+        go_on.set()
+        answers = [future.result(120) for future in futures]
+        assert "error" not in first.result()
+    return answers, batches
+
+
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("repositories")
@@ -288,10 +328,38 @@ def test_music_ends_at_the_time_limit_with_a_remark(handler, monkeypatch):
 
 
 def test_who_waited_too_long_is_told_so(handler, monkeypatch):
-    monkeypatch.setattr(handler, "limits", type(handler.limits)(max_wait=1e-9))
-    answer = handler(request_for(prompt(0), bars=1))
-    assert answer["error"]["type"] == "busy"
-    assert "waited" in answer["error"]["message"]
+    """At once, and not when the music before theirs is done."""
+    late = request_for(prompt(0), bars=1, prompt_bars=1, seed=1)
+    monkeypatch.setattr(handler, "limits", type(handler.limits)(max_wait=0.3))
+    begun, go_on, forward = threading.Event(), threading.Event(), handler.pipe.forward
+
+    def held(inputs):
+        begun.set()
+        assert go_on.wait(60)
+        return forward(inputs)
+
+    monkeypatch.setattr(handler.pipe, "forward", held)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(handler, late)
+        assert begun.wait(60)
+        try:
+            answer = pool.submit(handler, late).result(30)
+        finally:
+            go_on.set()
+        assert answer["error"]["type"] == "busy"
+        assert "waited 0.3 s" in answer["error"]["message"]
+        assert first.result()["new_notes"]  # it has waited longer than that, but not for its turn
+    assert not handler._waiting
+    assert handler(late)["midi"] == first.result()["midi"]
+
+
+def test_a_short_piece_does_not_wait_for_the_end_of_long_ones(handler, monkeypatch):
+    monkeypatch.setattr(handler, "limits", type(handler.limits)(time_limit=0.5))
+    lengths = [17, 1, 24, 2, 1]  # the seeds are their places
+    bodies = [request_for(prompt(0), bars=bars, prompt_bars=1, seed=seed) for seed, bars in enumerate(lengths)]
+    answers, batches = answers_at_once(handler, monkeypatch, bodies)
+    assert batches == [[0, 2], [1, 4], [3]]  # the oldest first, and who asks for about as much
+    assert all("error" not in answer for answer in answers)
 
 
 def test_sound_comes_as_a_wav_of_its_length(handler):
@@ -317,6 +385,14 @@ def test_sound_of_a_slow_prompt_is_refused_not_rendered(handler):
 
 def test_a_prompt_that_fails_in_a_batch_takes_no_other_with_it(handler, monkeypatch):
     """The pipeline refuses one of them; and words about the server's insides stay inside."""
+    bodies = [request_for(prompt(seed), bars=1, prompt_bars=1, seed=seed) for seed in range(4)]
+    alone = [handler(body)["midi"] for body in bodies]
+    poison = request_for(overfull(), bars=1, prompt_bars=1, seed=9)
+    (wrong, *right), batches = answers_at_once(handler, monkeypatch, [poison, *bodies])
+    assert wrong["error"]["type"] == "invalid_request"
+    assert "single bar" in wrong["error"]["message"]
+    assert [answer["midi"] for answer in right] == alone
+    assert batches == [[0, 1, 2, 3]]  # and they are still written at once
     whole = handler.pipe.preprocess
 
     def fails(message):
@@ -328,8 +404,6 @@ def test_a_prompt_that_fails_in_a_batch_takes_no_other_with_it(handler, monkeypa
         return preprocess
 
     poison = request_for(midi_file(b"\0\xff\x03\6poison" + NOTE + END), bars=1, prompt_bars=1)
-    bodies = [request_for(prompt(seed), bars=1, prompt_bars=1, seed=seed) for seed in range(4)]
-    alone = [handler(body)["midi"] for body in bodies]
     for message, kind in (("<bytes>: too odd.", "invalid_request"), ("cannot open /srv/model/x.bin", "internal")):
         monkeypatch.setattr(handler.pipe, "preprocess", fails(message))
         with ThreadPoolExecutor(5) as pool:
@@ -339,11 +413,51 @@ def test_a_prompt_that_fails_in_a_batch_takes_no_other_with_it(handler, monkeypa
         assert [answer["midi"] for answer in right] == alone
 
 
+def test_a_batch_that_fails_is_written_one_by_one(handler, monkeypatch):
+    """As with too little memory for all. Who has had their turn need not wait for it again, nor for all others."""
+    bodies = [request_for(prompt(seed), bars=1, prompt_bars=1, seed=seed) for seed in range(4)]
+    alone = [handler(body)["midi"] for body in bodies]
+    monkeypatch.setattr(handler, "limits", type(handler.limits)(max_wait=3, time_limit=40))
+    limits = []
+
+    def write(forward, inputs, futures):
+        (plan, *others) = inputs["plans"]
+        if others:
+            time.sleep(3.5)
+            raise RuntimeError("too little memory")
+        limits.append(plan.time_limit)
+        if plan.seed:
+            futures[plan.seed - 1].result(30)  # who is done has been told
+        if plan.seed == 2:
+            raise RuntimeError("still too little memory")
+        return forward(inputs)
+
+    answers, batches = answers_at_once(handler, monkeypatch, bodies, write)
+    assert batches == [[0, 1, 2, 3], [0], [1], [2], [3]]
+    assert answers.pop(2)["error"]["type"] == "internal"
+    assert [answer["midi"] for answer in answers] == [midi for seed, midi in enumerate(alone) if seed != 2]
+    assert limits[0] <= 10 and sum(limits) <= 4 * 40  # one time limit for all of them
+    assert limits == sorted(limits)  # what one has not used is the others'
+
+
 def test_a_temperature_may_be_a_whole_number(handler):
     """Alone, as `generate_options` are, and in a batch."""
     for options in ({}, {"generate_options": {"use_mtp": False}}):
         answers = [handler(request_for(prompt(0), bars=1, seed=1, temperature=t, **options)) for t in (2, 2.0)]
         assert answers[0]["midi"] == answers[1]["midi"]
+
+
+def test_who_asks_at_the_same_time_is_in_one_batch(module, handler, monkeypatch):
+    """From the first one on: it waits a little for others."""
+    forward, batches = handler.pipe.forward, []
+    while handler._worker is not None:  # it may be about to take what comes
+        time.sleep(0.01)
+    monkeypatch.setattr(module, "GATHER", 1.0)
+    monkeypatch.setattr(handler.pipe, "forward", lambda inputs: batches.append(len(inputs["plans"])) or forward(inputs))
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(handler, [request_for(prompt(0), bars=1, prompt_bars=1, seed=s) for s in range(4)]))
+    assert batches == [4]
+    assert len({answer["midi"] for answer in answers}) == 4
 
 
 def test_what_a_request_leaves_out_is_within_the_limits_of_bars(handler, monkeypatch):

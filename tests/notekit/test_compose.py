@@ -9,7 +9,7 @@ from conftest import band, notes_of
 from symusic import ControlChange, Note, Score, Tempo, Track
 
 from notekit.checkpoint import load
-from notekit.compose import continue_score, generate_piece
+from notekit.compose import Row, continue_score, generate_piece, plan_continuation
 from notekit.midi import InvalidMidiError, bar_ticks
 from notekit.sampling import heard_warnings
 
@@ -104,8 +104,18 @@ def test_one_overfull_bar_is_refused(loaded):
     for program in range(0, 120, 3):
         score.tracks.append(Track(program=program))
         score.tracks[-1].notes.extend([Note(40 * i, 40, 60 + i % 12, 80) for i in range(48)])
-    with pytest.raises(ValueError, match="single bar"):
-        continue_score(*loaded, score, prompt_bars=4, bars=1)
+    with pytest.raises(ValueError, match="single bar"):  # before anything is written
+        plan_continuation(*loaded, score, prompt_bars=4, bars=1)
+
+
+def test_a_bar_that_outgrows_the_context_ends_the_piece(loaded):
+    """What the model has written is kept, where it is alone and where it is in a batch."""
+    plan = plan_continuation(*loaded, band(bars=1), prompt_bars=1, bars=4)
+    row, tokenizer = Row(plan, []), loaded[1]
+    note = ["Position_0", "Program_0", "Pitch_60", "Velocity_63", "Duration_1.0.12"]
+    row.take(tokenizer.convert_tokens_to_ids(["Bar_None", "TimeSig_4/4", *note * 390]))
+    assert not row.goes_on and row.kept == 3
+    assert row.remarks == ["stopped at bar 3: it grew longer than the context"]
 
 
 def test_progress_counts_bars_and_notes(loaded):

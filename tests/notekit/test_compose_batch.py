@@ -56,6 +56,22 @@ def test_what_rows_cannot_have_is_written_one_by_one(loaded, of):
     assert bars.count(1) == (2 if of == "the plan" else 0)
 
 
+def test_what_the_checkpoint_forbids_no_piece_has(loaded):
+    """Beside what the prompt's programs forbid; and a time that it names does not cut a piece."""
+    model, tokenizer = loaded
+    config = model.generation_config
+    loudness = {index for token, index in tokenizer.get_vocab().items() if token.startswith("Velocity_")}
+    plan = plan_continuation(*loaded, band(bars=1, seed=1), prompt_bars=1, bars=1, seed=3)
+    written = loudness.intersection(plan.write().ids[len(plan.ids) :])
+    config.suppress_tokens, config.max_time = sorted(written), 1e-6
+    try:
+        alone, (together,) = plan.write(), write_together([plan])
+    finally:
+        config.suppress_tokens = config.max_time = None
+    assert written and not written.intersection(alone.ids[len(plan.ids) :])
+    assert alone.ids == together.ids and alone.bars == 1 and not alone.remarks
+
+
 def test_a_time_limit_ends_all_rows_with_whole_bars(loaded):
     plans = [plan_continuation(*loaded, band(bars=1, seed=seed), bars=50, seed=0, time_limit=0.5) for seed in (1, 2)]
     for piece in write_together(plans):

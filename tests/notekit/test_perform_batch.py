@@ -48,6 +48,19 @@ def test_rows_that_the_model_ends_wait_for_the_others(loaded):
     assert len({performance.tokens for performance in together}) > 1
 
 
+def test_a_time_that_the_checkpoint_names_cuts_no_performance(loaded):
+    options = {"prompt_seconds": 2, "seconds": 1, "max_note_seconds": 0.8, "seed": 3}
+    before = continue_performance(*loaded, piano(seed=1), **options)
+    config = loaded[0].generation_config
+    config.max_time = 1e-6
+    try:
+        alone = continue_performance(*loaded, piano(seed=1), **options)
+        (together,) = write_together([plan_continuation(*loaded, piano(seed=1), **options)])
+    finally:
+        config.max_time = None
+    assert before.ids == alone.ids == together.ids
+
+
 def test_a_time_limit_ends_all_rows_where_they_are(loaded):
     plans = [plan_continuation(*loaded, piano(seed=1), seconds=5000, seed=seed, time_limit=0.4) for seed in (1, 2)]
     for performance in write_together(plans):

@@ -85,8 +85,9 @@ class ContinuationPipeline(Pipeline):
         audio, sampling_rate: with `audio=True`, float32 of shape (2, samples), and `sample_rate`.
 
     Raises:
-        InvalidMidiError: an input that cannot be read; of several, `inputs[i]` says which.
-        ValueError: an option that the family does not have, or out of range; an input that is none of the above.
+        InvalidMidiError: an input that cannot be read.
+        ValueError: an option that the family does not have, or out of range; an input that is none of the above, or
+            that the model cannot continue. Of several inputs, `inputs[i]` says which, here and above.
         MissingExtraError: audio is asked for, and there is no SoundFont; before anything is generated.
     """
 
@@ -167,7 +168,8 @@ class ContinuationPipeline(Pipeline):
         """
         seeds = preprocess_params.get("seed")
         total = len(inputs) if isinstance(inputs, list) else None
-        if isinstance(seeds, list | tuple):
+        given = isinstance(seeds, list | tuple)
+        if given:
             if total not in (None, len(seeds)):
                 raise ValueError(f"seed holds {len(seeds)} seeds for {total} inputs: give one for each.")
             seeds = iter(seeds)
@@ -185,9 +187,13 @@ class ContinuationPipeline(Pipeline):
                     plans += self.preprocess(item, **{**preprocess_params, "seed": seed})["plans"]
                 except InvalidMidiError as error:
                     raise InvalidMidiError(f"inputs[{index}]", str(error)) if total != 1 else error from error
+                except ValueError as error:
+                    raise ValueError(f"inputs[{index}]: {error}") if total != 1 else error from error
             outputs = self.forward({"plans": plans}, **forward_params)
             for music, seed in zip(outputs["music"], outputs["seeds"], strict=True):
                 yield self.postprocess({"music": [music], "seeds": [seed]}, **postprocess_params)
+        if given and next(seeds, None) is not None:
+            raise ValueError("seed holds more seeds than there are inputs: give one for each.")
 
     def _draw_seed(self) -> int:
         with TURN:  # or the numbers that another thread's music is made of would change

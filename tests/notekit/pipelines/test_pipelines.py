@@ -151,6 +151,27 @@ def test_hostile_midi_is_named(either, tmp_path, kind):
     assert pipe(MIDI, seed=1, **options)["midi"] == before  # and nothing is left in its way
 
 
+def test_what_the_model_cannot_continue_is_named(bars, seconds):
+    """Before anything is written, so that no other of its batch is lost; alone it has its own words."""
+    dense = Score(480)
+    for program in range(0, 120, 3):
+        dense.tracks.append(Track(program=program))
+        dense.tracks[-1].notes.extend([Note(40 * i, 40, 60 + i % 12, 80) for i in range(48)])
+    chord = Score(480)
+    chord.tracks.append(Track(program=0))
+    chord.tracks[0].notes.extend([Note(0, 9600, pitch, 80) for pitch in range(40, 80)])
+    for pipe, prompt, words, options in (
+        (bars, dense, "a single bar holds more than the context", {"bars": 1}),
+        (seconds, chord, "max_tokens 9 cannot end the 40 notes", {"prompt_seconds": 1, "max_tokens": 9}),
+    ):
+        data = prompt.dumps_midi()
+        for size in (1, 3):
+            with pytest.raises(ValueError, match=rf"^inputs\[1\]: {words}"):
+                pipe([MIDI, data, MIDI], batch_size=size, **options)
+        with pytest.raises(ValueError, match=f"^{words}"):
+            pipe(data, **options)
+
+
 def test_other_inputs_are_refused(either):
     pipe, _ = either
     with pytest.raises(ValueError, match=r"addresses are not fetched"):
@@ -269,6 +290,9 @@ def test_seeds_must_fit_the_inputs(bars):
     for inputs in ([MIDI, MIDI], MIDI):
         with pytest.raises(ValueError, match=r"seed holds 3 seeds for \d|one input"):
             bars(inputs, seed=[1, 2, 3])
+    for given, words in ((1, "there are more inputs"), (3, "more seeds than there are inputs")):
+        with pytest.raises(ValueError, match=words):
+            list(bars((item for item in [MIDI, MIDI]), seed=list(range(given)), bars=1, prompt_bars=1))
 
 
 def test_every_seed_of_a_result_is_taken_back(either):
