@@ -1,11 +1,47 @@
+import subprocess
 import sys
 import wave
 
 import numpy as np
 import pytest
 from conftest import band
+from symusic import Note, Score, Synthesizer, Tempo, Track
 
-from notekit.render import MissingExtraError, find_soundfont, render_piano_roll, render_wav
+from notekit.render import MissingExtraError, find_soundfont, render_piano_roll, render_wav, synthesize
+
+# Long notes of every pitch from 90, of programs whose loops the synthesizer rounded to nothing, and extreme notes.
+HIGH = """
+import sys
+from symusic import Note, Score, Tempo, Track
+from notekit.render import synthesize
+
+for rate in map(int, sys.argv[1:]):
+    for program in (13, 24, 33, 40, 57, 73, 80):
+        score = Score(480)
+        score.tempos.append(Tempo(0, 120))
+        score.tracks.append(Track(program=program))
+        for pitch in range(90, 128):
+            score.tracks[0].notes.append(Note(240 * (pitch - 90), 960, pitch, 90))
+        for time, duration, pitch, velocity in (0, 0, 127, 1), (10, 1, 0, 127), (20, 96000, 127, 127), (0, 480, 0, 1):
+            score.tracks[0].notes.append(Note(time, duration, pitch, velocity))
+        sound = synthesize(score, rate)
+        assert (abs(sound) <= 1).all() and rate * 100 <= sound.shape[1] < rate * 102
+"""
+
+
+def one_note(program: int, pitch: int, is_drum: bool = False, seconds: float = 1.0) -> Score:
+    score = Score(480)
+    score.tempos.append(Tempo(0, 120))
+    score.tracks.append(Track(program=program, is_drum=is_drum))
+    score.tracks[0].notes.append(Note(0, int(960 * seconds), pitch, 100))
+    return score
+
+
+def strongest_hz(sound: np.ndarray, rate: int) -> float:
+    """Frequency of the strongest partial between 0.1 and 0.6 s."""
+    part = sound.sum(0)[rate // 10 : rate * 6 // 10]
+    size = 1 << 18
+    return float(np.argmax(np.abs(np.fft.rfft(part * np.hanning(len(part)), size))) * rate / size)
 
 
 def test_the_sound_lasts_as_long_as_the_music_and_is_not_silence(tmp_path):
@@ -16,6 +52,60 @@ def test_the_sound_lasts_as_long_as_the_music_and_is_not_silence(tmp_path):
         assert 3.9 < file.getnframes() / 44100 < 8
     assert abs(np.abs(samples).max() - 10 ** (-1 / 20)) < 0.01
     assert np.sqrt(np.mean(samples**2)) > 0.01
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+def test_high_notes_do_not_hang_the_synthesizer(rate):
+    # in a process of its own: it hangs where no signal and no other thread gets in
+    subprocess.run([sys.executable, "-c", HIGH, str(rate)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("program", "pitch", "rate"),
+    [
+        (0, 48, 44100),
+        (0, 60, 44100),
+        (0, 72, 22050),
+        (33, 36, 44100),
+        (33, 72, 22050),
+        (40, 60, 44100),
+        (48, 60, 44100),
+    ],
+)
+def test_a_note_sounds_at_its_pitch(program, pitch, rate):
+    partial = strongest_hz(synthesize(one_note(program, pitch), rate), rate) / (440 * 2 ** ((pitch - 69) / 12))
+    assert round(partial) in range(1, 9)
+    assert abs(1200 * np.log2(partial / round(partial))) < 40  # cents; the fonts' samples themselves are not exact
+
+
+@pytest.mark.parametrize("rate", [22050, 44100])
+def test_what_the_synthesizer_plays_right_stays_as_it_is(rate):
+    """A trumpet's samples state their root keys where the synthesizer looks, and it is far below the limits."""
+    score = one_note(56, 60)
+    plain = Synthesizer(sf_path=str(find_soundfont()), sample_rate=rate).render(score, stereo=True)
+    sound = synthesize(score, rate)
+    assert sound.shape == plain.shape
+    assert np.abs(sound - plain * (10 ** (-1 / 20) / np.abs(plain).max())).max() < 1e-3
+
+
+def test_a_drum_is_heard_to_its_end():
+    snare = synthesize(one_note(0, 38, is_drum=True))
+    assert np.abs(snare[:, 2205:4410]).max() > 0.01  # after 50 ms
+
+
+def test_a_tone_that_the_rate_cannot_hold_is_silent():
+    assert not synthesize(one_note(73, 108), 8000).any()  # 4186 Hz
+    assert synthesize(one_note(73, 106), 8000).any()
+
+
+def test_a_file_that_is_no_soundfont_is_an_error(tmp_path, monkeypatch):
+    whole = find_soundfont().read_bytes()
+    for name, data in (("text.sf2", b"not a SoundFont"), ("empty.sf2", b""), ("short.sf2", whole[:100_000])):
+        path = tmp_path / name
+        path.write_bytes(data)
+        monkeypatch.setenv("SAGE_MUSIC_SOUNDFONT", str(path))
+        with pytest.raises(MissingExtraError, match=name):
+            synthesize(one_note(0, 60))
 
 
 def test_the_picture_shows_instruments_bars_and_prompt(tmp_path):
