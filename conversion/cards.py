@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Sequence
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
+
+from notekit.lineage import ProvenanceError, front_matter
 
 # License identifiers that the Hub knows (its documentation, "Licenses").
 LICENSES = frozenset(
@@ -42,8 +43,12 @@ TASKS = frozenset(
     zero-shot-object-detection""".split()
 )
 
-# Licenses that derivatives keep: by sharing alike, or because they forbid some uses of them.
-KEPT = re.compile(r"-(sa|nc|nd)-|gpl|gfdl|eupl-|osl-|odbl|cdla-sharing|rail|noncommercial|llama|gemma")
+# Licenses that derivatives may leave for any other. All that is not here is kept, `other` and `unknown` too.
+PERMISSIVE = frozenset(
+    """apache-2.0 mit afl-3.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 etalab-2.0 isc odc-by openmdw-1.0
+    postgresql ncsa unlicense zlib pddl""".split()
+)
 
 # What a card's examples load, as the export writes it: the name of a repository.
 LOADED = re.compile(r"""pipeline\(\s*["']midi-continuation["'],\s*(?:model=)?["']([\w.-]+/[\w.-]+)["']""")
@@ -72,7 +77,11 @@ def check_card(text: str, name: str = "README.md") -> ModelCardData:
     Raises:
         CardError: no metadata, or a field that the Hub would refuse or misunderstand.
     """
-    raw = _metadata(text, name)
+    text = text.removeprefix("\ufeff")
+    try:
+        raw = front_matter(text, name)
+    except ProvenanceError as error:
+        raise CardError(str(error)) from error
     if raw is None:
         raise CardError(f"{name}: no metadata: a model card begins with YAML between two lines of ---.")
     try:
@@ -83,32 +92,6 @@ def check_card(text: str, name: str = "README.md") -> ModelCardData:
     for problem in _problems(data, raw):
         raise CardError(f"{name}: {problem}")
     return data
-
-
-def stated_license(text: str, name: str) -> str | None:
-    """The license that any card states, on which `check_card` may find much else wrong; None where it states none.
-
-    Raises:
-        CardError: the metadata are no YAML, or the license is no identifier.
-    """
-    license = (_metadata(text, name) or {}).get("license")
-    if license is not None and not isinstance(license, str):
-        raise CardError(f"{name}: license: {license!r} is no identifier such as apache-2.0.")
-    return license
-
-
-def _metadata(text: str, name: str) -> dict | None:
-    """A card's YAML; None where it has none."""
-    block = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    if block is None:
-        return None
-    try:
-        raw = yaml.safe_load(block[1])
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a ValueError: a date such as 2026-99-99
-        raise CardError(f"{name}: its metadata is no YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(raw, dict):
-        raise CardError(f"{name}: its metadata is no mapping of fields.")
-    return raw
 
 
 def _problems(data: ModelCardData, raw: dict):
@@ -183,9 +166,10 @@ def _is_repo_id(value) -> bool:
 def keeps_license(base: str, chosen: str) -> bool:
     """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell.
 
-    A license that some derivatives may leave for a kindred one, such as lgpl-3.0 for gpl-3.0, counts as kept too.
+    Only what is known to be permissive lets others follow. A license that some derivatives may leave for a kindred one,
+    such as lgpl-3.0 for gpl-3.0, counts as kept too.
     """
-    return chosen == base or not KEPT.search(base)
+    return chosen == base or base in PERMISSIVE
 
 
 def named(text: str, repo_id: str) -> str:
@@ -234,7 +218,8 @@ def make_card(
         ],
         base_model=base_model,
         datasets=list(datasets) or None,
-        widget=[{"text": "BOS" if perceivers else "BOS_None Bar_None TimeSig_4/4", "example_title": "From nothing"}],
+        # It ends with a space: the stock pipeline puts what is new right behind it, and spaces part tokens.
+        widget=[{"text": "BOS " if perceivers else "BOS_None Bar_None TimeSig_4/4 ", "example_title": "From nothing"}],
         model_name=title,
         eval_results=_results(report),
     )
@@ -326,13 +311,16 @@ def _training_section(report: dict) -> str:
 def _results(report: dict | None) -> list[EvalResult] | None:
     if not report or report.get("eval_nats_per_note") is None:
         return None
+    # Training counts the split that it learns from and the one that it measures on.
+    splits = list(report.get("corpus", {}).get("splits", {}))
+    split = next((name for name in splits if name != "train"), "train" if splits else "validation")
     return [
         EvalResult(
             task_type="text-generation",
             task_name="MIDI continuation",
             dataset_type="midi",
             dataset_name="held-out pieces of the training corpus",
-            dataset_split="validation",
+            dataset_split=split,
             metric_type="nats_per_note",
             metric_name="nats per note",
             metric_value=round(report["eval_nats_per_note"], 4),
@@ -347,6 +335,5 @@ __all__ = [
     "keeps_license",
     "make_card",
     "named",
-    "stated_license",
     "without_samples",
 ]

@@ -179,7 +179,7 @@ def convert(
     }
     model = build(fields, remap(_matrices(state, heads, channels), WEIGHTS, {"i": layers}))
     if output is not None:
-        save(output, model)
+        save(output, model, None, source, "convert_deepmind_perceiver_ar")
     return model
 
 

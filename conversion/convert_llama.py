@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from conversion.provenance import carry
 from conversion.weights import (
     ConversionError,
     check_output,
@@ -139,15 +140,16 @@ def convert(
     load_into(model, tensors)
     model.generation_config.update(**_sampling_of(source))
     if output is not None:
-        save(output, model, music)
+        save(output, model, music, source)
     return model, music
 
 
-def save(output, model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer) -> None:
-    """Write a checkpoint folder, new or empty, whole or not at all."""
+def save(output, model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer, source: Path) -> None:
+    """Write a checkpoint folder, new or empty, whole or not at all, with the license and notice of its `source`."""
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        carry(source, folder, "convert_llama")
 
 
 def read_config(source: Path) -> PreTrainedConfig:
@@ -409,7 +411,7 @@ def main(argv=None) -> int:
             model, tokenizer = convert(options.source, None, options.tokenizer, options.context)
             if options.attributes:
                 model = pool_heads(model, options.attributes, options.kv_heads, options.pooling)
-            save(options.output, model, tokenizer)
+            save(options.output, model, tokenizer, Path(options.source))
         for warning in caught:
             print(f"note: {warning.message}", file=sys.stderr)
         if options.attributes:

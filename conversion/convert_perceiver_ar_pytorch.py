@@ -89,7 +89,7 @@ def convert(
     tokenizer = tokenizer_for(fields["vocab_size"], events)
     model = build(fields, tensors, tokenizer)
     if output is not None:
-        save(output, model, tokenizer)
+        save(output, model, tokenizer, source, "convert_perceiver_ar_pytorch")
     return model, tokenizer
 
 

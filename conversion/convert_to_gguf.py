@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conversion.convert_to_llama import HEAD, llama_of
-from conversion.provenance import licenses_of
+from conversion.provenance import license_of
 from conversion.weights import ConversionError, run_command
 from notekit.checkpoint import load
 from sage_music import SageMusicForCausalLM
@@ -126,9 +126,9 @@ def _describe(writer, config: LlamaConfig, checkpoint, dtype: str, name: str | N
     origin = os.fspath(checkpoint)
     writer.add_type("model")
     writer.add_name(name or Path(origin).resolve().name)
-    license = next((known for _, known, _ in licenses_of(origin)), None)
-    if license is not None:
-        writer.add_license(license)
+    known = license_of(origin)
+    if known is not None:
+        writer.add_license(known[0])
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from conversion.convert_llama import ATTENTION, HEAD, OPTIONAL_WEIGHTS, SHARED_FIELDS, WEIGHTS
+from conversion.provenance import carry
 from conversion.weights import ConversionError, check_output, load_into, new_folder, remap, run_command
 from notekit.checkpoint import load
 from sage_music import SageMusicConfig, SageMusicForCausalLM
@@ -54,7 +55,8 @@ def convert(checkpoint, output=None) -> LlamaForCausalLM:
 
     Args:
         checkpoint: what `notekit.checkpoint.load` takes.
-        output: an empty or a new folder to save it in, with its generation config and MidiTok's `miditok.json`.
+        output: an empty or a new folder to save it in, with its generation config, MidiTok's `miditok.json`, and the
+            license and notice of the checkpoint.
 
     Raises:
         ConversionError: several attributes, norms of queries and keys, a width that is no multiple of the heads, or an
@@ -73,6 +75,7 @@ def convert(checkpoint, output=None) -> LlamaForCausalLM:
         with new_folder(output) as folder:
             llama.save_pretrained(folder)
             tokenizer.save_vocabulary(folder)
+            carry(checkpoint, folder, "convert_to_llama")
     return llama
 
 

@@ -5,11 +5,12 @@
 In it: weights, config and tokenizer with the maps that Transformers loads remote code by, generation config, the
 family's Hub files and the modules of its pipeline made flat, `handler.py` for an inference endpoint with its
 `requirements.txt`, the model card as README.md, licences, and samples to see and hear. The folder is written whole or
-not at all; an older export in its place is replaced.
+not at all; an older export in its place is replaced, unless that would lose what was changed in it by hand.
 """
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ from .provenance import (
     is_there,
     licenses_of,
     lineage,
+    notice_of,
     own_card,
     pipeline_module,
     read_mapping,
@@ -70,12 +72,18 @@ SAMPLE_RATE = 22_050  # half of a CD's, so that a page plays it soon
 
 # Names that an export's files may have; a folder with others is neither replaced nor sent.
 OWN_NAMES = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
-OWN_NAMES += ("*_sage_music.py", "*_perceivers.py", "notekit_*.py")
 OWN_NAMES += ("config.json", "generation_config.json", "tokenizer_config.json", "miditok.json", "handler.py")
-OWN_NAMES += ("requirements.txt", "README.md", "LICENSE", "NOTICE.md")
+OWN_NAMES += ("requirements.txt", "README.md", "LICENSE", "LICENSE-CODE", "NOTICE.md")
+# Of code: the Hub files that there are, for `train_sage_music.py` is somebody's own, and whatever was made flat.
+OWN_NAMES += (*(path.name for family in FAMILIES for path in sorted((SRC / family).glob(f"*_{family}.py"))),)
+OWN_NAMES += ("notekit_*.py",)
 SAMPLES = ("samples/prompt.mid", *(f"samples/continuation.{kind}" for kind in ("mid", "wav", "png")))
 # What Python, a download and the Hub leave in it.
 PASSED_OVER = ("__pycache__", ".cache", ".gitattributes")
+# Sums of an export's files as they were written, where huggingface_hub keeps what is no part of a repository.
+RECORD = Path(".cache", "huggingface", "sage_music_export.json")
+# Files beside a checkpoint that may hold the text of its license.
+LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -92,13 +100,15 @@ def export(
     datasets: Sequence[str] = (),
     max_shard_size: str = "5GB",
     samples: bool = True,
+    confirm_license: bool = False,
+    replace: bool = False,
 ) -> Path:
     """Write the Hub repository of a checkpoint.
 
     Args:
         checkpoint: as `notekit.checkpoint.load` takes it: a bundled checkpoint's name, a folder, a Hub name; an adapter
             is merged into its base.
-        output: folder to write; an older export there is replaced.
+        output: folder to write; an older export there is replaced. It is not the folder that this runs in.
         repo_id: name on the Hub, `user/name`, for the card's examples.
         card: a model card to take. By default that of a bundled checkpoint, or of an older export; for any other
             checkpoint one is made from its config and the report of its training run, where that is beside it.
@@ -109,6 +119,9 @@ def export(
         datasets: names on the Hub of the training data, for a card that is made.
         max_shard_size: of one file of weights.
         samples: write `samples/`: a prompt, its continuation, their sound and picture.
+        confirm_license: take the license on the caller's word, though the weights' own, or that of what they were made
+            from, is another, unknown or out of reach.
+        replace: replace an older export even where files in it were changed since.
 
     Returns:
         The folder.
@@ -116,8 +129,9 @@ def export(
     Raises:
         CheckpointError: the checkpoint does not load.
         CardError: the card's metadata is wrong; the message names the field.
-        ExportError: the folder holds something else, a file beside the checkpoint is damaged, or the license is
-            unknown or not what the weights' own, or that of those that they were made from, allows.
+        ExportError: the folder holds something else, or an export that was changed since; a file beside the checkpoint
+            is damaged; its context is too short for the samples; or the license is unknown or not what the weights'
+            own, or that of those that they were made from, allows.
         FlatteningError: a module that the pipeline needs cannot travel.
         MissingExtraError: samples need extras that are not installed.
     """
@@ -132,20 +146,35 @@ def export(
     text = _card_text(origin, model, title, card, facts)
     text = text if samples else without_samples(text)
     text = text if repo_id is None else named(text, repo_id)
-    _check_license(check_card(text).license, origin)
+    chosen = check_card(text).license
+    if not confirm_license:
+        _check_license(chosen, origin)
     with _written_whole(output) as folder:
         if samples:
             try:
                 write_samples(model, tokenizer, folder / "samples")
             except MissingExtraError as error:
                 raise MissingExtraError(f"{error} --no-samples leaves the samples out.") from error
+            except ValueError as error:  # a context too short for the prompt, which nobody here chose
+                reason = str(error).rstrip(".")
+                raise ExportError(
+                    f"{name}: does not play the prompt of the samples ({reason}): --no-samples leaves them out."
+                ) from error
         write_code(model.config.model_type, folder)
         _write_weights(model, origin, folder, max_shard_size)
         _write_tokenizer(tokenizer, model.config.model_type, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
-        notice = next(filter(None, (file_of(ancestor, "NOTICE.md") for ancestor in lineage(origin))), None)
+        _write_own_license(origin, chosen, folder, confirm_license)
+        notice = notice_of(origin)
         if notice is not None:
             shutil.copyfile(notice, folder / "NOTICE.md")
+        sums = _sums(folder)
+        changed = _changed(output) if output.exists() and not replace else {}
+        _check_kept(output, changed, sums)
+        # What came from somebody's hand still does after an export that kept it.
+        record = {name: found for name, found in sums.items() if name not in changed or not _recorded(output)}
+        (folder / RECORD).parent.mkdir(parents=True)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return output
 
 
@@ -168,6 +197,9 @@ def check_replaceable(output: Path) -> None:
         raise ExportError(f"{output}: is a file; give a folder.")
     if any(output.iterdir()) and not is_export(output):
         raise ExportError(f"{output}: not empty, and not an export; choose another folder.")
+    if Path.cwd().is_relative_to(output.resolve()):
+        # Whoever stands in it would stand in a folder that is gone, beside a new one of its name.
+        raise ExportError(f"{output}: the folder that this runs in: run it from another one, for this is replaced.")
     own_files(output)
 
 
@@ -180,16 +212,51 @@ def own_files(folder: Path) -> list[str]:
     """The files of an export by name, without caches.
 
     Raises:
-        ExportError: there are other things in the folder.
+        ExportError: there are other things in the folder, or its record is damaged.
     """
+    known = _recorded(folder)  # by whichever version wrote it
     paths = sorted([*folder.iterdir(), *folder.glob("samples/*")])
     found = {path.relative_to(folder).as_posix(): path for path in paths if path.name not in PASSED_OVER}
     if (folder / "samples").is_dir():
         del found["samples"]
-    others = [name for name, path in found.items() if not is_own(name) or not path.is_file()]
+    others = [name for name, path in found.items() if not (is_own(name) or name in known) or not path.is_file()]
     if others:
         raise ExportError(f"{folder}: an export with other things in it ({', '.join(others[:3])}): move them away.")
     return list(found)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of an export by its name."""
+    sums = {}
+    for name in own_files(folder):
+        with open(folder / name, "rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """The sums of an export's files when it was written; none of one that was downloaded."""
+    return read_mapping(folder / RECORD) if (folder / RECORD).is_file() else {}
+
+
+def _changed(folder: Path) -> dict[str, str]:
+    """The sums of an export's files that are not as they were written."""
+    known = _recorded(folder)
+    return {name: found for name, found in _sums(folder).items() if found != known.get(name)}
+
+
+def _check_kept(older: Path, changed: dict[str, str], fresh: dict[str, str]) -> None:
+    """Refuse to lose what was `changed` in an export since it was written; `fresh` are the sums of its successor."""
+    lost = [name for name, found in changed.items() if found != fresh.get(name)]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        how = "changed since it was exported"
+        if not _recorded(older):
+            how = "may be somebody's work, for no record of the export is left"
+        raise ExportError(
+            f"{older}: {', '.join(lost[:3])}{more}: {how}. Choose another folder; --replace overwrites it "
+            "(--card keeps a card)."
+        )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -241,6 +308,25 @@ def write_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder
     render_piano_roll(folder / "continuation.png", music.score, prompt_end_s, in_seconds=in_seconds)
 
 
+def _write_own_license(origin: str, chosen: str, folder: Path, confirmed: bool) -> None:
+    """The text of the weights' license, where there is one beside them, as LICENSE; the code's then gets another name.
+
+    It is their own, or that of weights that they were made from and whose license they keep: not where only the
+    caller's word says so.
+    """
+    codes = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
+    kept = {origin}
+    if not confirmed:
+        kept |= {ancestor for ancestor, known, _ in licenses_of(origin) if known == chosen}
+    for ancestor in lineage(origin):
+        found = next(filter(None, (file_of(ancestor, name) for name in LICENSE_NAMES if ancestor in kept)), None)
+        # An older export's is the code's.
+        if found is not None and read_text(found).split() != codes:
+            (folder / "LICENSE").rename(folder / "LICENSE-CODE")
+            shutil.copyfile(found, folder / "LICENSE")
+            return
+
+
 def _write_weights(model: PreTrainedModel, origin: str, folder: Path, max_shard_size: str) -> None:
     """Weights, config and generation config; each tensor in the type that it has in the checkpoint."""
     model_type, family = model.config.model_type, FAMILIES[model.config.model_type]
@@ -264,6 +350,8 @@ def _write_weights(model: PreTrainedModel, origin: str, folder: Path, max_shard_
     finally:
         if shown:
             logging.enable_progress_bar()
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        raise ExportError(f"{origin}: Transformers wrote no whole model of it.")
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizer, model_type: str, folder: Path) -> None:
@@ -312,8 +400,8 @@ def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dic
     base = base_of(origin)
     if base is not None and not facts["base_model"] and not is_there(base):
         print(
-            f"note: {base}, which these weights were made from, is no folder here and was not found on the Hub: its "
-            "license was not looked at. The card does not name it: --base-model does.",
+            f"note: {base}, which these weights were made from, is no folder here and was not found on the Hub: the "
+            "card does not name it. --base-model does.",
             file=sys.stderr,
         )
         base = None
@@ -338,7 +426,7 @@ def _check_license(license: str, origin: str) -> None:
         if not keeps_license(known, license):
             raise ExportError(
                 f"license {license}: the weights of {bundled_name(ancestor) or ancestor} are {known} (so says {card}), "
-                "and what is made of them keeps that license."
+                "and what is made of them keeps that license. If you have their owner's leave: --confirm-license."
             )
 
 
@@ -374,6 +462,12 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     add("--card", help="model card to take (default: the bundled checkpoint's, or one that is made)")
     add("--license", help="license of the weights, such as apache-2.0 (default: the base's, where known)")
     add("--license-name", help="its name, with --license other")
+    add(
+        "--confirm-license",
+        action="store_true",
+        help="take the license on your word, though another checkpoint's that these weights were made from is another "
+        "one, or out of reach",
+    )
     add("--base-model", help="name on the Hub of the checkpoint that these weights were made from")
     add("--datasets", nargs="+", default=(), metavar="NAME", help="names on the Hub of the training data")
     add("--max-shard-size", default="5GB", help="of one file of weights (default: %(default)s)")
@@ -382,7 +476,7 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
 
 def card_options(options: argparse.Namespace) -> dict:
     """The keywords of `export` that `add_card_arguments` has options for."""
-    names = ("card", "license", "license_name", "base_model", "datasets", "max_shard_size")
+    names = ("card", "license", "license_name", "base_model", "datasets", "max_shard_size", "confirm_license")
     return {name: getattr(options, name) for name in names} | {"samples": not options.no_samples}
 
 
@@ -391,14 +485,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="sage-music, perceivers, a checkpoint's or an adapter's folder, a Hub name")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--repo-id", help="name on the Hub, user/name, for the card's examples")
+    parser.add_argument("--replace", action="store_true", help="an older export even if files in it were changed since")
     add_card_arguments(parser)
     options = parser.parse_args(argv)
     try:
-        folder = export(options.checkpoint, options.output, repo_id=options.repo_id, **card_options(options))
+        folder = export(
+            options.checkpoint,
+            options.output,
+            repo_id=options.repo_id,
+            replace=options.replace,
+            **card_options(options),
+        )
     except (ValueError, OSError, MissingExtraError) as error:
         print(f"export_hub: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    sizes = [(folder / name).stat().st_size for name in own_files(folder)]
     print(f"wrote {options.output} ({len(sizes)} files, {sum(sizes) / 1e6:.1f} MB)")
     return 0
 

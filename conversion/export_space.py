@@ -44,7 +44,8 @@ def export(output: str | os.PathLike, models: Sequence[str] = ()) -> Path:
         models: Hub names of the checkpoints that the Space is to offer, instead of the bundled ones.
 
     Raises:
-        SpaceError: a name that is none on the Hub, a folder that holds something else, or a wheel that does not build.
+        SpaceError: a name that is none on the Hub, a folder that holds something else or that this runs in, or a wheel
+            that does not build.
     """
     output = Path(output)
     for name in models:
@@ -58,6 +59,8 @@ def export(output: str | os.PathLike, models: Sequence[str] = ()) -> Path:
     if output.is_file() or foreign:
         what = f"holds {foreign[0]}, which no Space of ours has" if foreign else "is a file"
         raise SpaceError(f"{output}: {what}. Choose another folder, or empty this one.")
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise SpaceError(f"{output}: the folder that this runs in: run it from another one, for this is replaced.")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:

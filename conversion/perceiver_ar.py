@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import logging
 
+from conversion.provenance import carry
 from conversion.weights import ConversionError, load_into, new_folder, read_json
 from perceivers import PerceiverSConfig, PerceiverSForCausalLM, PerceiverSTokenizer
 
@@ -86,8 +87,11 @@ def build(
     return model
 
 
-def save(output, model: PerceiverSForCausalLM, tokenizer: PerceiverSTokenizer | None = None) -> None:
-    """Write a checkpoint folder, whole or not at all; without a tokenizer it holds the model alone."""
+def save(output, model: PerceiverSForCausalLM, tokenizer: PerceiverSTokenizer | None, source, converter: str) -> None:
+    """Write a checkpoint folder, whole or not at all; without a tokenizer it holds the model alone.
+
+    The license and notice beside `source` come along, in a card that names the `converter`, a module.
+    """
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -95,6 +99,7 @@ def save(output, model: PerceiverSForCausalLM, tokenizer: PerceiverSTokenizer | 
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            carry(source, folder, converter)
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -1,18 +1,34 @@
 """What a checkpoint tells of itself: its card, its license, what it was made from, the report of its training.
 
 All of it is read from files beside the weights, in a folder or on the Hub; a damaged one is an error that names it.
+`carry` writes the license of converted weights beside them.
 """
 
-import json
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
 from transformers.utils import cached_file
 
+from notekit import lineage as traces
 from notekit.checkpoint import BUNDLED
+from notekit.lineage import (
+    CARD,
+    OutOfReachError,
+    ProvenanceError,
+    ancestors,
+    front_matter,
+    look,
+    read_record,
+    record_of,
+    stated_license,
+    write_record,
+)
 
-from .cards import CardError, stated_license
+from .cards import keeps_license
 from .flattening import ROOT
 
 TASK = "midi-continuation"
@@ -23,7 +39,7 @@ class ExportError(ValueError):
 
 
 def file_of(origin: str, name: str) -> Path | None:
-    """A file of a folder or of a repository on the Hub; None where there is none."""
+    """A file of a folder or of a repository on the Hub; None where there is none, or none is to be had."""
     if os.path.isdir(origin):
         path = Path(origin, name)
         return path if path.is_file() else None
@@ -35,15 +51,15 @@ def file_of(origin: str, name: str) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """A text file.
+    """A text file, without a byte order mark.
 
     Raises:
         ExportError: it is no UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{path}: no text in UTF-8: mend it, or put it away.") from error
+        return traces.read_text(path)
+    except ProvenanceError as error:
+        raise ExportError(str(error)) from error
 
 
 def read_mapping(path: Path) -> dict:
@@ -53,22 +69,22 @@ def read_mapping(path: Path) -> dict:
         ExportError: it holds none.
     """
     try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ExportError(f"{path}: damaged, for it is no mapping in JSON: mend it, or put it away.")
-    return found
+        return traces.read_mapping(path)
+    except ProvenanceError as error:
+        raise ExportError(str(error)) from error
 
 
 def read_report(origin: str) -> dict | None:
     """The `report.json` that `sage-music train` leaves beside `best/` and `adapter/`; None where there is none.
 
+    It is of these two alone: a run's checkpoints have seen fewer steps, and other figures.
+
     Raises:
-        ExportError: it is not as training writes it.
+        ExportError: it is not as training writes it, or a figure is not finite.
     """
-    path = Path(origin, "..", "report.json")
-    if not os.path.isdir(origin) or not path.is_file():
+    folder = Path(origin).resolve()
+    path = folder.parent / "report.json"
+    if not folder.is_dir() or folder.name not in ("best", "adapter") or not path.is_file():
         return None
     report = read_mapping(path)
     corpus = report.get("corpus", {})
@@ -82,6 +98,12 @@ def read_report(origin: str) -> dict | None:
         numbers.append(None)
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
         raise ExportError(f"{path}: not the report of a training run: mend it, or put it away.")
+    if not all(map(math.isfinite, numbers)):
+        wrong = next((name for name in optional if not math.isfinite(report.get(name) or 0)), "a number in it")
+        raise ExportError(
+            f"{path}: {wrong} is not finite. Did the training diverge? To publish the weights without these figures, "
+            "put the file away."
+        )
     return report
 
 
@@ -91,36 +113,46 @@ def base_of(origin: str) -> str | None:
     Raises:
         ExportError: the file that tells is damaged.
     """
-    path, names = file_of(origin, "adapter_config.json"), ("base_model_name_or_path",)
-    if path is None or file_of(origin, "config.json") is not None:
-        # What `sage-music train` leaves beside best/ and adapter/; the folder's place is in newer runs.
-        path, names = Path(origin, "..", "run.json"), ("model_folder", "model")
-        if not os.path.isdir(origin) or not path.is_file():
-            return None
-    found = read_mapping(path)
-    base = next((found[name] for name in names if found.get(name)), None)
-    if base is not None and not isinstance(base, str):
-        raise ExportError(f"{path}: damaged, for its base model is {base!r}: mend it, or put it away.")
-    if base is None or base.endswith(".json"):
+    try:
+        base = traces.base_of(origin)
+        record = read_record(origin) if base is None else None
+    except OutOfReachError:
         return None
-    return str(BUNDLED.get(base, base))
+    except ProvenanceError as error:
+        raise ExportError(str(error)) from error
+    if record is None:
+        return base
+    base = next((row["name"] for row in record[1] if row.get("name")), None)
+    return str(BUNDLED.get(base, base)) if base is not None else None
 
 
 def lineage(origin: str) -> Iterator[str]:
-    """A checkpoint, what it was made from, what that was made from, as far as they tell."""
-    seen = set()
-    while origin is not None:
-        key = os.path.realpath(origin) if os.path.isdir(origin) else origin
-        if key in seen:
-            return
-        seen.add(key)
-        yield origin
-        origin = base_of(origin)
+    """A checkpoint, what it was made from, what that was made from, as far as they tell.
+
+    Raises:
+        ExportError: a file is damaged.
+    """
+    yield from dict.fromkeys(ancestor.place for ancestor in _ancestors(origin))
+
+
+def _ancestors(origin: str) -> Iterator[traces.Ancestor]:
+    """Those of `notekit.lineage`, with the license of the bundled checkpoints, whose cards are not installed."""
+    try:
+        for ancestor in ancestors(origin):
+            if ancestor.name in BUNDLED and ancestor.unseen is None:
+                card = own_card(ancestor.place)
+                ancestor = ancestor._replace(license=stated_license(card), source=card)
+            yield ancestor
+    except ProvenanceError as error:
+        raise ExportError(str(error)) from error
 
 
 def is_there(name: str) -> bool:
     """Whether a checkpoint's name is a folder's, or one that the Hub knows."""
-    return os.path.isdir(name) or any(file_of(name, file) for file in ("config.json", "adapter_config.json"))
+    try:
+        return os.path.isdir(name) or any(look(name, file) for file in ("config.json", "adapter_config.json"))
+    except OutOfReachError:
+        return False
 
 
 def bundled_name(origin: str | None) -> str | None:
@@ -135,7 +167,7 @@ def own_card(origin: str) -> Path | None:
     bundled = bundled_name(origin)
     if bundled is not None:
         return ROOT / "model_cards" / f"{bundled}.md"
-    return file_of(origin, "README.md") if pipeline_module(origin) is not None else None
+    return file_of(origin, CARD) if pipeline_module(origin) is not None else None
 
 
 def pipeline_module(origin: str) -> str | None:
@@ -150,21 +182,90 @@ def pipeline_module(origin: str) -> str | None:
 
 
 def licenses_of(origin: str) -> Iterator[tuple[str, str, Path]]:
-    """The checkpoints of a lineage whose card tells a license: the checkpoint, its license, the card.
+    """The checkpoints of a lineage of which a license is known: the checkpoint, its license, the file that says so.
+
+    Raises:
+        ExportError: a card is damaged; or a license, or the notice that goes with it, could not be looked at.
+    """
+    for ancestor in _ancestors(origin):
+        if ancestor.unseen is not None:
+            raise ExportError(
+                f"{_unseen(ancestor, origin)} Make it reachable, or if you know that it allows the license you give: "
+                "--confirm-license."
+            )
+        if ancestor.license is not None:
+            name = ancestor.place if ancestor.name is None or ancestor.name in BUNDLED else ancestor.name
+            yield name, ancestor.license, ancestor.source
+
+
+def notice_of(origin: str) -> Path | None:
+    """The nearest `NOTICE.md` of a lineage.
+
+    Raises:
+        ExportError: a file is damaged.
+    """
+    return next((ancestor.notice for ancestor in _ancestors(origin) if ancestor.notice is not None), None)
+
+
+def license_of(origin: str) -> tuple[str, Path] | None:
+    """The license that a copy of these weights in another format has, and the file that says so; None: none is known.
+
+    It is the nearest, or the nearest that must be kept where another one before it may not have been chosen. Warns of
+    what could not be looked at.
 
     Raises:
         ExportError: a card is damaged.
     """
-    for ancestor in lineage(origin):
-        card = own_card(ancestor) or file_of(ancestor, "README.md")
-        if card is None:
-            continue
-        try:
-            license = stated_license(read_text(card), str(card))
-        except CardError as error:
-            raise ExportError(f"{error} Mend it, or put it away.") from error
-        if license is not None:
-            yield ancestor, license, card
+    found = []
+    for ancestor in _ancestors(origin):
+        if ancestor.unseen is not None:
+            warnings.warn(f"{_unseen(ancestor, origin)} What is written may lack it.", stacklevel=3)
+        elif ancestor.license is not None:
+            found.append((ancestor.license, ancestor.source))
+    return next((known for known in found if not keeps_license(known[0], "")), found[0] if found else None)
+
+
+def carry(source: str | os.PathLike, folder: Path, converter: str) -> None:
+    """Write into the new `folder` of a converted checkpoint what was known of its `source`: its license and notice.
+
+    That is `provenance.json`, `NOTICE.md` where there is one, and a card with the license, for whoever publishes the
+    folder as it is. Nothing in them names a folder.
+
+    Args:
+        source: what was converted: a folder, a file in one, a Hub name.
+        converter: name of the module.
+
+    Raises:
+        ExportError: a file beside the source is damaged.
+    """
+    origin = os.fspath(source)
+    origin = os.path.dirname(origin) or "." if os.path.isfile(origin) else origin
+    known = license_of(origin)
+    rows, notice = record_of(origin)
+    write_record(folder, rows, notice)
+    if known is None:
+        return
+    license, card = known
+    stated = (front_matter(read_text(card), str(card)) or {}) if card.name != traces.RECORD else {}
+    name = rows[0]["name"] if rows[0]["name"] not in BUNDLED else None
+    more = {key: stated[key] for key in ("license_name", "license_link") if isinstance(stated.get(key), str)}
+    if not more.get("license_link", "http").startswith("http"):  # a file that stays behind
+        del more["license_link"]
+    data = ModelCardData(license=license, base_model=name, **more)
+    text = f"Converted from {name or 'another checkpoint'} by `python -m conversion.{converter}` of sage-music. "
+    text += f"The license of the weights is `{more.get('license_name', license)}`, as before."
+    text += " `NOTICE.md` belongs to it." if notice is not None else ""
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n# A converted checkpoint\n\n{text}\n", encoding="utf-8")
+
+
+def _unseen(ancestor: traces.Ancestor, origin: str) -> str:
+    """That the license of an ancestor is out of reach, and why."""
+    what = f"{ancestor.place}, which these weights were made from"
+    if ancestor.source is not None:
+        what = f"a folder that {ancestor.place} was made from"
+    elif ancestor.place == origin:
+        what = origin
+    return f"{what}: its license could not be looked at ({ancestor.unseen})."
 
 
 __all__ = [
@@ -172,10 +273,13 @@ __all__ = [
     "ExportError",
     "base_of",
     "bundled_name",
+    "carry",
     "file_of",
     "is_there",
+    "license_of",
     "licenses_of",
     "lineage",
+    "notice_of",
     "own_card",
     "pipeline_module",
     "read_mapping",

@@ -129,9 +129,13 @@ def _make_repository(api: HfApi, repo_id: str, private: bool, exist_ok: bool) ->
         api.create_repo(repo_id, private=private or None)
         return
     except HfHubHTTPError as error:
-        if error.response.status_code != 409:
+        # A token for one repository may make none, and is told so even of the one that is there.
+        if error.response.status_code not in (401, 402, 403, 409):
             raise
-    info = api.model_info(repo_id)
+        try:
+            info = api.model_info(repo_id)
+        except HfHubHTTPError as unknown:
+            raise (unknown if error.response.status_code == 409 else error) from None
     files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
     if files and not exist_ok:
         raise PushError(f"{repo_id} exists, and has files in it: --exist-ok writes a new commit to it.")

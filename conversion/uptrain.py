@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 from conversion.convert_llama import KINDS, POOLINGS, convert, pool_heads
+from conversion.provenance import carry
 from conversion.weights import ConversionError, read_json, run_command
 from notekit.checkpoint import load
 from notekit.midi import write_atomic
@@ -60,7 +61,7 @@ def steps_of(fraction: float, original_tokens: float, tokens_a_step: int) -> int
 
 
 def pool(source, output, routing: str, kv_heads: int = 1, pooling: str = "mean") -> Path:
-    """Write the pooled model of `source` and its tokenizer; returns the folder, `output/pooled`.
+    """Write the pooled model of `source`, its tokenizer, license and notice; returns the folder, `output/pooled`.
 
     One that is there already stays as it is: the run in `output` began from it.
 
@@ -75,6 +76,7 @@ def pool(source, output, routing: str, kv_heads: int = 1, pooling: str = "mean")
     if not kept:
         pool_heads(model, routing, kv_heads, pooling).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        carry(source, folder, "uptrain")
         write_atomic(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())  # last: all before it is there
     elif kept != record:
         others = ", ".join(

@@ -6,6 +6,7 @@ model, tokenizer = load("perceivers")
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, 
 
     Of an adapter, such as `notekit.lora.add_lora` makes, the base model is loaded by the name in the adapter's config,
     which is any that this function takes, and the adapter merged into it. The tokenizer is the adapter's, where it has
-    one, otherwise the base model's.
+    one, otherwise the base model's. An adapter in the folder of a whole model is merged into that model.
 
     Args:
         checkpoint: `"sage-music"` (the default) or `"perceivers"`, which are bundled; a folder; or a Hub name. For a
@@ -46,7 +47,7 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, 
 
     Raises:
         CheckpointError: no such checkpoint, one of another model, a missing or misshapen tensor, a config that
-            contradicts itself, or an adapter whose base model is not to be found or is another one.
+            contradicts itself, no tokenizer, or an adapter whose base model is not to be found or is another one.
         MissingExtraError: it is an adapter, and PEFT is not installed.
     """
     return _load(os.fspath(checkpoint) if checkpoint is not None else next(iter(BUNDLED)), ())
@@ -62,9 +63,18 @@ def _load(name: str, adapters: tuple[str, ...]) -> tuple[PreTrainedModel, PreTra
         raise CheckpointError(f"{name}: no such folder.")
     with _errors_of(name):
         adapter = find_adapter_config_file(name)
-    # A folder with both is a whole model, which Transformers loads with its adapter.
-    if adapter is not None and not os.path.isfile(os.path.join(name, "config.json")):
-        return _load_adapter(name, Path(adapter), adapters)
+    if adapter is None:
+        return _load_whole(name)
+    # A folder with both is a whole model with an adapter of it, whatever base the adapter names: so says Transformers.
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return _merged(name, name, lambda: _load_whole(name, with_adapter=True))
+    return _load_adapter(name, Path(adapter), adapters)
+
+
+def _load_whole(name: str, with_adapter: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
+    """A model that is no adapter; one that is in the same folder is left out."""
+    # Transformers would put the adapter into the model, and check its keys alone. It looks for it in this subfolder.
+    apart = {"adapter_kwargs": {"subfolder": "no adapter"}} if with_adapter else {}
     with _errors_of(name):
         model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if model_type is None:
@@ -75,10 +85,16 @@ def _load(name: str, adapters: tuple[str, ...]) -> tuple[PreTrainedModel, PreTra
             )
         model_class, tokenizer_class = CLASSES[model_type]
         config = model_class.config_class.from_pretrained(name)
+        # Without its files Transformers makes one of default settings, which need not be the model's.
+        files = ("tokenizer_config.json", *tokenizer_class.vocab_files_names.values())
+        if not any(_has(name, file) for file in files):
+            raise CheckpointError(
+                f"{name}: no tokenizer ({files[0]} is missing): save the one that the model was trained with beside it."
+            )
         tokenizer = tokenizer_class.from_pretrained(name)
         # Misshapen tensors are let through here to be named below.
         model, info = model_class.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **apart
         )
     _check_keys(name, {kind: info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")})
     if tokenizer.vocab_size != config.vocab_size:
@@ -90,21 +106,32 @@ def _load(name: str, adapters: tuple[str, ...]) -> tuple[PreTrainedModel, PreTra
 
 def _load_adapter(name: str, file: Path, above: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
     """An adapter's base model with the adapter merged into it; `file` is its config, `above` what is based on it."""
+    with _errors_of(name):
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    remedy = f"Set base_model_name_or_path in {file} to the base model: {', '.join(BUNDLED)}, a folder or a Hub name."
+    if not base or base in (name, *above):
+        raise CheckpointError(f"{name}: an adapter that names {'itself as its' if base else 'no'} base model. {remedy}")
+
+    def load_base():
+        try:
+            return _load(base, (name, *above))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: an adapter whose base model does not load: {error} {remedy}") from error
+
+    return _merged(name, base, load_base)
+
+
+def _merged(
+    name: str, base: str, load_base: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizer]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
+    """A base model with the adapter of the folder or Hub name `name` merged into it; `base` is its name."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     except ImportError as error:
         raise MissingExtraError(f"{name}: an adapter; it needs PEFT: pip install 'sage-music[peft]'.") from error
     from .lora import merge_lora
 
-    with _errors_of(name):
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    remedy = f"Set base_model_name_or_path in {file} to the base model: {', '.join(BUNDLED)}, a folder or a Hub name."
-    if not base or base in (name, *above):
-        raise CheckpointError(f"{name}: an adapter that names {'itself as its' if base else 'no'} base model. {remedy}")
-    try:
-        model, tokenizer = _load(base, (name, *above))
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: an adapter whose base model does not load: {error} {remedy}") from error
+    model, tokenizer = load_base()
     with _errors_of(name):
         adapted = PeftModel(model, PeftConfig.from_pretrained(name))
         weights = load_peft_weights(name, device=str(model.device))
@@ -121,12 +148,17 @@ def _load_adapter(name: str, file: Path, above: tuple[str, ...]) -> tuple[PreTra
         model = merge_lora(adapted)
         # An adapter of this model is one of it with the adapter, not of the bare base.
         model.name_or_path = model.config.name_or_path = name
-        if cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        if _has(name, "tokenizer_config.json"):
             own = type(tokenizer).from_pretrained(name)
             if own.get_vocab() != tokenizer.get_vocab():
                 raise CheckpointError(f"{name}: the adapter's tokenizer has another vocabulary than that of {base}.")
             tokenizer = own
     return model.eval(), tokenizer
+
+
+def _has(name: str, file: str) -> bool:
+    """Whether a folder or a repository on the Hub has a file."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
 
 
 @contextmanager

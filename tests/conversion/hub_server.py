@@ -27,11 +27,11 @@ LARGE_SUFFIXES = (".safetensors", ".wav", ".png", ".mid", ".parquet")
 
 
 class Rejected(Exception):
-    """An answer that is an error."""
+    """An answer that is an error; `commit`: the one that was asked for a file."""
 
-    def __init__(self, status: int, message: str, code: str = ""):
+    def __init__(self, status: int, message: str, code: str = "", commit: str = ""):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.commit = status, code, commit
 
 
 @dataclass
@@ -70,8 +70,11 @@ class User:
     name: str
     orgs: tuple[str, ...] = ()
     role: str = "write"
+    only: str | None = None
 
     def owns(self, repository: str) -> bool:
+        if self.only is not None:
+            return repository == self.only
         return repository.split("/")[0] in (self.name, *self.orgs)
 
 
@@ -118,8 +121,11 @@ class LoopbackHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def add_user(self, name: str, token: str, orgs: tuple[str, ...] = (), role: str = "write") -> None:
-        self.users[token] = User(name, orgs, role)
+    def add_user(
+        self, name: str, token: str, orgs: tuple[str, ...] = (), role: str = "write", only: str | None = None
+    ) -> None:
+        """A token of a user; `only`: the one repository that it may read and write, and make none."""
+        self.users[token] = User(name, orgs, role, only)
 
     def repository(self, name: str, kind: str = "models") -> Repository:
         return self.repositories[kind, name]
@@ -156,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Rejected(404, f"no such page: {self.command} {path}")
         except Rejected as error:
             headers = {"X-Error-Message": str(error)} | ({"X-Error-Code": error.code} if error.code else {})
+            headers |= {"X-Repo-Commit": error.commit} if error.commit else {}
             self._send(error.status, {"error": str(error)}, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
@@ -205,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         user = self._user()
         if user is None:
             raise Rejected(401, "Invalid username or password.")
-        if not user.owns(name) or user.role != "write":
+        if not user.owns(name) or user.role == "read":
             raise Rejected(403, f"You don't have the rights to write in {name.split('/')[0]}")
         return user
 
@@ -232,6 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Rejected(401, "Invalid username or password.")
         name, kind = f"{asked.get('organization') or user.name}/{asked['name']}", f"{asked.get('type', 'model')}s"
+        if user.only is not None:
+            raise Rejected(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
         self._check_writer(name)
         if (kind, name) in self.hub.repositories:
             message = f"You already created this {kind[:-1]} repo: {name}"
@@ -353,7 +362,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, body, name, revision, path, kind=""):
         commit = self._readable(kind.strip("/") or "models", name).at(revision)
         if path not in commit.files:
-            raise Rejected(404, "Entry not found", "EntryNotFound")
+            raise Rejected(404, "Entry not found", "EntryNotFound", commit.oid)
         data = commit.files[path]
         headers = {
             "X-Repo-Commit": commit.oid,

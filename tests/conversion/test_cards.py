@@ -1,10 +1,23 @@
 """A card's metadata are checked field by field, and the card that is made for a checkpoint passes the check."""
 
 import pytest
+import torch
 from conftest import tiny_model, tiny_perceivers
 from huggingface_hub import ModelCard
+from transformers import pipeline
 
-from conversion.cards import CardError, check_card, keeps_license, make_card, named, without_samples
+from conversion.cards import (
+    LICENSES,
+    PERMISSIVE,
+    CardError,
+    check_card,
+    keeps_license,
+    make_card,
+    named,
+    without_samples,
+)
+from perceivers import PerceiverSTokenizer
+from sage_music import SageMusicTokenizer
 
 GOOD = """license: apache-2.0
 library_name: transformers
@@ -123,12 +136,49 @@ def test_no_value_of_a_field_is_too_odd(field):
         *((name, "mit", False) for name in ("cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0")),
         *((name, "mit", False) for name in ("gpl", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "eupl-1.2", "osl-3.0", "odbl")),
         *((name, "mit", False) for name in ("cc-by-nd-4.0", "openrail++", "llama3.2", "gemma")),
-        *((name, name, True) for name in ("cc-by-nc-sa-4.0", "agpl-3.0", "cc-by-nc-4.0")),
-        *((name, "cc-by-nc-4.0", True) for name in ("mit", "apache-2.0", "cc-by-4.0", "cc0-1.0", "bsl-1.0", "other")),
+        # Licenses that say no more than that they are others, of research, or of the file; and what is none at all.
+        *((name, "mit", False) for name in ("other", "unknown", "intel-research", "apple-amlr", "h-research")),
+        *((name, "mit", False) for name in ("grok2-community", "mpl-2.0", "ms-pl", "my own")),
+        *((name, name, True) for name in ("cc-by-nc-sa-4.0", "agpl-3.0", "cc-by-nc-4.0", "other")),
+        *((name, "cc-by-nc-4.0", True) for name in ("mit", "apache-2.0", "cc-by-4.0", "cc0-1.0", "bsl-1.0")),
     ],
 )
 def test_licenses_that_derivatives_keep(base, chosen, allowed):
     assert keeps_license(base, chosen) == allowed
+
+
+def test_permissive_licenses_are_licenses():
+    assert PERMISSIVE < LICENSES
+
+
+def test_a_byte_order_mark_hides_no_card():
+    assert check_card("\ufeff" + card(GOOD)).license == "apache-2.0"
+
+
+@pytest.mark.parametrize("family", ["sage_music", "perceivers"])
+def test_what_the_widget_begins_with_is_gone_on_with(family):
+    """As the Hub's widget does: the stock pipeline puts the new text right behind the old, and takes both again."""
+    tokenizer = SageMusicTokenizer() if family == "sage_music" else PerceiverSTokenizer()
+    model = tiny_model(tokenizer) if family == "sage_music" else tiny_perceivers()
+    (example,) = check_card(make_card("mine", "user/mine", model.config, "mit")).widget
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    torch.manual_seed(0)
+    (written,) = pipe(example["text"], max_new_tokens=5, do_sample=True, return_full_text=True)
+    text = written["generated_text"]
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+    assert text.split() == tokenizer.convert_ids_to_tokens(ids)
+    assert len(ids) == len(tokenizer(example["text"])["input_ids"]) + 5
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [(["train", "test"], "test"), (["train", "validation"], "validation"), (["train"], "train"), ([], "validation")],
+)
+def test_the_result_names_the_split_that_was_measured(tokenizer, splits, expected):
+    counts = {name: {"pieces": 1, "notes": 10, "tokens": 40} for name in splits}
+    text = make_card("m", "u/m", tiny_model(tokenizer).config, "mit", report=REPORT | {"corpus": {"splits": counts}})
+    assert check_card(text).eval_results[0].dataset_split == expected
 
 
 def test_a_card_gets_the_name_of_its_repository():

@@ -3,6 +3,7 @@
 Without the `gguf` package only the error that says so is tested; without `llama_cpp` all but llama.cpp itself.
 """
 
+import json
 import re
 from itertools import islice
 from pathlib import Path
@@ -128,6 +129,24 @@ def test_the_metadata_is_whole(tmp_path, bpe_tokenizer):
     assert again.get_vocab() == bpe_tokenizer.get_vocab()
     ids = bpe_tokenizer.midi_to_ids(band())
     assert again.midi_to_ids(band()) == ids and notes_of(again.decode_midi(ids)) == notes_of(band())
+
+
+@needs_gguf
+def test_its_license_is_that_of_what_it_was_made_from(tmp_path, tokenizer, capsys):
+    """Also where training or a conversion has written it down; and that it is out of reach is said."""
+    saved(tmp_path / "music", tokenizer, "mqa")
+    for number, (row, expected) in enumerate(
+        (
+            ({"name": "user/base", "license": "cc-by-nc-sa-4.0"}, "cc-by-nc-sa-4.0"),
+            ({"name": "user/base", "license": None, "seen": False}, "mit"),
+        )
+    ):
+        (tmp_path / "music" / "README.md").write_text("---\nlicense: mit\n---\n")
+        (tmp_path / "music" / "provenance.json").write_text(json.dumps({"made_from": [row]}))
+        assert main([str(tmp_path / "music"), str(tmp_path / f"{number}.gguf")]) == 0
+        reader = convert_to_gguf.gguf.GGUFReader(tmp_path / f"{number}.gguf")
+        assert value(reader, "general.license") == expected
+        assert ("note: user/base, which" in capsys.readouterr().err) == (expected == "mit")
 
 
 @needs_gguf

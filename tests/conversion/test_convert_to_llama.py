@@ -10,8 +10,11 @@ from conftest import band, tiny_model
 from miditok import REMI
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from conversion.cards import check_card
 from conversion.convert_llama import convert as convert_in
+from conversion.convert_llama import main as main_in
 from conversion.convert_to_llama import convert, llama_of, main
+from conversion.export_hub import ExportError, export
 from conversion.weights import ConversionError
 
 KINDS = {
@@ -71,6 +74,26 @@ def test_the_same_logits_and_back_again(tmp_path, tokenizer, kind):
         assert (again(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert again.generation_config.temperature == 0.7
     assert music.config_fields() == tokenizer.config_fields()
+
+
+def test_license_and_notice_go_out_and_come_back(tmp_path, tokenizer):
+    """The Llama is published by other tools: its card says so too. What comes back cannot be given away for less."""
+    varied(tokenizer, "gqa").save_pretrained(tmp_path / "sage")
+    tokenizer.save_pretrained(tmp_path / "sage")
+    (tmp_path / "sage" / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n# Mine\n")
+    (tmp_path / "sage" / "NOTICE.md").write_text("Not for money.")
+    convert(tmp_path / "sage", tmp_path / "llama")
+    card = check_card((tmp_path / "llama" / "README.md").read_text())
+    assert card.license == "cc-by-nc-sa-4.0" and (tmp_path / "llama" / "NOTICE.md").read_text() == "Not for money."
+    (tmp_path / "llama" / "provenance.json").unlink()  # as someone else's Llama: the card alone
+    convert_in(tmp_path / "llama", tmp_path / "back")
+    assert main_in([str(tmp_path / "llama"), str(tmp_path / "pooled"), "--attributes", "token"]) == 0
+    for name in ("back", "pooled"):
+        with pytest.raises(ExportError, match=r"license mit: .* are cc-by-nc-sa-4\.0"):
+            export(tmp_path / name, tmp_path / "out", license="mit", samples=False)
+    folder = export(tmp_path / "back", tmp_path / "out", samples=False)
+    assert check_card((folder / "README.md").read_text()).license == "cc-by-nc-sa-4.0"
+    assert (folder / "NOTICE.md").read_text() == "Not for money."
 
 
 def test_it_loads_where_this_package_is_not(tmp_path, tokenizer):

@@ -1,6 +1,7 @@
 """An export is the checkpoint, tensor by tensor, with all that a Hub repository needs, written whole or not at all."""
 
 import json
+import shutil
 import stat
 
 import pytest
@@ -135,6 +136,8 @@ def test_an_adapter_is_merged(tmp_path):
     with pytest.raises(ExportError, match=r"license mit.*are cc-by-nc-sa-4.0 .*keeps that license"):
         export(tmp_path / "adapter", tmp_path / "other", license="mit", samples=False)
     assert not (tmp_path / "other").exists()
+    export(tmp_path / "adapter", tmp_path / "other", license="mit", confirm_license=True, samples=False)
+    assert "ASAP" in (tmp_path / "other" / "NOTICE.md").read_text()
 
 
 def test_the_card_of_a_trained_checkpoint_says_what_training_left(tmp_path, tokenizer, capsys):
@@ -154,14 +157,16 @@ def test_the_card_of_a_trained_checkpoint_says_what_training_left(tmp_path, toke
     # Begun from a published model, or in a folder that is no longer there: neither is known without the network.
     for name in ("user/base", "run1/best", str(tmp_path / "lost")):
         (run / "run.json").write_text(json.dumps({"model": name}))
-        with pytest.raises(ExportError, match="--license"):
-            export(run / "best", tmp_path / "out", samples=False)
+        for license in (None, "mit"):
+            with pytest.raises(ExportError, match=r"license could not be looked at .*--confirm-license"):
+                export(run / "best", tmp_path / "out", license=license, samples=False)
         capsys.readouterr()
-        export(run / "best", tmp_path / "out", license="mit", samples=False)
+        arguments = [str(run / "best"), str(tmp_path / "out"), "--license", "mit", "--confirm-license", "--no-samples"]
+        assert main(arguments) == 0
         assert f"note: {name}, which these weights were made from, is no folder here" in capsys.readouterr().err
         card = ModelCard.load(folder / "README.md")
         assert card.data.base_model is None and name not in card.content
-    export(run / "best", tmp_path / "out", license="mit", base_model="user/base", samples=False)
+    export(run / "best", folder, license="mit", confirm_license=True, base_model="user/base", samples=False)
     assert ModelCard.load(folder / "README.md").data.base_model == "user/base" and not capsys.readouterr().err
     # An export's own card is taken again, with the name that it gets now, and not half changed.
     for number, name in enumerate(("user/again", "user/again-2")):
@@ -194,11 +199,11 @@ def test_only_an_older_export_is_replaced(tiny, tmp_path):
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
     assert not list(out.glob("*_sage_music.py")) and json.loads((out / "config.json").read_text())
     for name in ("__pycache__", ".cache/huggingface"):  # as Python and a download leave them
-        (out / name).mkdir(parents=True)
+        (out / name).mkdir(parents=True, exist_ok=True)
         (out / name / "some.file").write_text("")
     export(tiny / "perceivers", out, license="mit", samples=False)
     assert not (out / "__pycache__").exists()
-    for name in ("samples/mine.mid", "adapter_model.safetensors"):
+    for name in ("samples/mine.mid", "adapter_model.safetensors", "train_sage_music.py"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
         with pytest.raises(ExportError, match=rf"other things in it \({name}\)"):
@@ -211,9 +216,121 @@ def test_only_an_older_export_is_replaced(tiny, tmp_path):
         export(tiny / "sage", out / "README.md", license="mit", samples=False)
 
 
+def test_what_was_changed_in_an_export_is_not_lost(tiny, tmp_path, capsys):
+    out = export(tiny / "sage", tmp_path / "out", license="mit", samples=False)
+    card, weights = (out / "README.md").read_text(), (out / "model.safetensors").read_bytes()
+    mine = card.replace("## Limits", "## My own section\n\nwords\n\n## Limits")
+
+    def again(*more):
+        code = main([str(tiny / "sage"), str(out), "--no-samples", *(more or ("--license", "mit"))])
+        return code, capsys.readouterr().err
+
+    (out / "README.md").write_text(mine)
+    (out / "NOTICE.md").write_text("mine")
+    code, error = again()
+    assert code == 2 and "NOTICE.md, README.md: changed since it was exported" in error and "--replace" in error
+    assert (out / "README.md").read_text() == mine and (out / "NOTICE.md").read_text() == "mine"
+    (out / "NOTICE.md").unlink()
+    # A card that is kept is not lost, by name or by an export that is exported once more.
+    assert again("--card", str(out / "README.md")) == (0, "") and (out / "README.md").read_text() == mine
+    (out / "README.md").write_text(card + "\nmore\n")
+    export(out, out, samples=False)
+    assert (out / "README.md").read_text() == card + "\nmore\n" and (out / "model.safetensors").read_bytes() == weights
+    code, error = again()
+    assert code == 2 and " README.md: changed since it was exported" in error
+    # Nor weights, nor an export whose record is gone, as a download's is.
+    (out / "model.safetensors").write_bytes(weights[:-1] + b"!")
+    code, error = again("--card", str(out / "README.md"))
+    assert code == 2 and " model.safetensors: changed since it was exported" in error
+    shutil.rmtree(out / ".cache")
+    code, error = again()
+    assert code == 2 and "no record of the export is left" in error
+    assert again("--replace", "--license", "mit") == (0, "")
+    assert (out / "README.md").read_text() == card and (out / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(out / ".cache")
+    assert again() == (0, "")  # nothing is lost by the same again
+
+
+def test_the_folder_that_it_runs_in_is_not_replaced(tiny, tmp_path, monkeypatch, capsys):
+    """A shell that stands in it would stand in a folder that is gone."""
+    (tmp_path / "out").mkdir()
+    for place, output in (("out", "."), ("out", str(tmp_path / "out")), ("out/samples", "..")):
+        if place == "out/samples":
+            export(tiny / "sage", tmp_path / "out", license="mit", samples=False)
+            (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        assert main([str(tiny / "sage"), output, "--license", "mit", "--no-samples"]) == 2
+        assert "the folder that this runs in" in capsys.readouterr().err
+        monkeypatch.chdir(tmp_path)
+
+
+def test_the_weights_own_license_text_travels(tiny, tmp_path):
+    """The code's stands beside it under another name; through a second export and a training, too."""
+    source = shutil.copytree(tiny / "sage", tmp_path / "source")
+    (source / "LICENSE.txt").write_text("My own CC BY")
+    (source / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    run = tmp_path / "run"
+    shutil.copytree(tiny / "sage", run / "best")
+    (run / "run.json").write_text(json.dumps({"model": str(source)}))
+    folder = export(source, tmp_path / "out", samples=False)
+    code = export(tiny / "sage", tmp_path / "plain", license="mit", samples=False) / "LICENSE"
+    assert "Apache License" in code.read_text()
+    for found in (
+        folder,
+        export(folder, tmp_path / "again", samples=False),
+        export(run / "best", tmp_path / "tuned", samples=False),
+    ):
+        assert (found / "LICENSE").read_text() == "My own CC BY"
+        assert (found / "LICENSE-CODE").read_text() == code.read_text()
+    other = export(run / "best", tmp_path / "other", license="cc-by-sa-4.0", samples=False)
+    assert (other / "LICENSE").read_text() == code.read_text() and not (other / "LICENSE-CODE").exists()
+
+
+def test_a_context_too_short_for_the_samples_is_said(tmp_path, tokenizer, capsys):
+    tiny_model(tokenizer, max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    arguments = [str(tmp_path / "short"), str(tmp_path / "out"), "--license", "mit"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "prompt of the samples" in error and "--no-samples leaves them out" in error
+    assert main([*arguments, "--no-samples"]) == 0
+
+
+def test_an_adapter_beside_a_whole_model_is_merged(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    from notekit.lora import add_lora
+
+    folder = shutil.copytree(tiny / "sage", tmp_path / "both")
+    adapted, ids = add_lora(load(folder)[0], rank=2).eval(), torch.tensor([list(range(5, 40))])
+    torch.manual_seed(0)
+    for key, weight in adapted.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.2)
+    adapted.save_pretrained(folder)
+    out = export(folder, tmp_path / "out", license="mit", samples=False)
+    assert (out / "config.json").is_file() and not (out / "adapter_config.json").exists()
+    torch.testing.assert_close(load(out)[0](ids).logits, adapted(ids).logits, rtol=1e-4, atol=2e-4)
+    # A model that Transformers would write as its adapter alone is none.
+    model, tokenizer = load(tiny / "sage")
+    model.load_adapter(folder)
+    monkeypatch.setattr(export_hub, "load", lambda name: (model, tokenizer))
+    with pytest.raises(ExportError, match="no whole model"):
+        export(folder, tmp_path / "other", license="mit", samples=False)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("family", ["sage", "perceivers"])
+def test_no_tokenizer_is_made_up(tiny, tmp_path, family):
+    folder = shutil.copytree(tiny / family, tmp_path / "bare")
+    for name in ("tokenizer_config.json", "miditok.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        export(folder, tmp_path / "out", license="mit", samples=False)
+
+
 def test_a_failed_export_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     out = export(tiny / "sage", tmp_path / "out", license="mit", samples=False)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")
@@ -221,7 +338,7 @@ def test_a_failed_export_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(export_hub, "_write_tokenizer", full)
     with pytest.raises(OSError, match="No space"):
         export(tiny / "perceivers", out, license="mit", samples=False)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

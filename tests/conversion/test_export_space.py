@@ -100,7 +100,7 @@ def test_it_runs_where_the_package_is_not_installed(exported, tmp_path):
     finally:
         process.terminate()
         process.wait(30)
-    assert not list(tmp_path.glob("sage-music-package-*")) and not (tmp_path / "files").exists()
+    assert not list(tmp_path.glob("sage-music-package-*")) and not list((tmp_path / "files").iterdir())
 
 
 def test_other_models_are_named_in_it(tmp_path, monkeypatch):
@@ -140,6 +140,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(SpaceError, match="is a file"):
         export(tmp_path / "thesis.tex")
+
+
+def test_the_folder_that_it_runs_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "examples").mkdir()
+    for place, output in ((tmp_path, "."), (tmp_path / "examples", tmp_path)):
+        monkeypatch.chdir(place)
+        with pytest.raises(SpaceError, match="the folder that this runs in"):
+            export(output)
 
 
 def test_the_source_of_the_space_is_whole():

@@ -14,7 +14,7 @@ from hub_server import ROUTES, LoopbackHub, Rejected, blob_id
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from conversion.export_hub import export
+from conversion.export_hub import export, own_files
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_of_someone"
@@ -81,8 +81,8 @@ def test_everything_arrives(hub, exported, tmp_path):
     commit = repository.at("main")
     assert repository.private and commit.title == "first" and commit.oid in out
     assert out == f"{hub.url}/someone/mine, commit {commit.oid}\n"
-    local = {str(path.relative_to(exported)): path for path in exported.rglob("*") if path.is_file()}
-    assert set(commit.files) == {".gitattributes", *local}
+    local = {name: exported / name for name in own_files(exported)}
+    assert set(commit.files) == {".gitattributes", *local} and not any(".cache" in name for name in commit.files)
     for name, path in local.items():
         if name != "README.md":
             assert commit.files[name] == path.read_bytes(), name
@@ -183,14 +183,14 @@ def test_only_an_exports_files_are_sent(hub, exported, sent, tmp_path):
     assert not hub.repositories
     sent(folder, "someone/mine")
     files = hub.files("someone/mine")
-    assert set(files) == {".gitattributes", *(path.name for path in exported.iterdir())}
+    assert set(files) == {".gitattributes", *own_files(exported)}
     assert files[".gitattributes"] != b"of no interest"
 
 
 def test_files_that_are_no_exports_stay(hub, exported, sent, tmp_path):
     first = sent(exported, "someone/mine")
     kept = ("onnx/model.safetensors", "lora/adapter_model.safetensors", "samples/mine.mid", "docs/README.md")
-    kept += ("adapter_model.safetensors", "code/notekit_midi.py")
+    kept += ("adapter_model.safetensors", "code/notekit_midi.py", "train_sage_music.py")
     gone = ("samples/continuation.mid", "notekit_older.py")
     repository = hub.repository("someone/mine")
     files = repository.at("main").files | {name: b"mine" for name in (*kept, *gone)}
@@ -198,7 +198,7 @@ def test_files_that_are_no_exports_stay(hub, exported, sent, tmp_path):
     single = export(exported, tmp_path / "single", samples=False)
     sent(single, "someone/mine", exist_ok=True)
     names = set(hub.files("someone/mine"))
-    assert names == {".gitattributes", *kept, *(path.name for path in single.iterdir())}
+    assert names == {".gitattributes", *kept, *own_files(single)}
     assert "model.safetensors.index.json" in hub.files("someone/mine", first)
 
 
@@ -265,6 +265,24 @@ def test_someone_elses_repository_is_said(hub, exported, sent):
     for name in ("someone/mine", "someone/other"):  # that it exists is nobody's business
         with pytest.raises(ValueError, match=f"{name}: the token of other may not write there"):
             sent(exported, name, token="hf_of_other", exist_ok=True)
+
+
+def test_a_token_for_one_repository_is_enough(hub, exported, sent, tmp_path):
+    """It may make none, which the Hub says before it looks whether this one is there."""
+    scoped = "hf_of_someone_for_one"
+    hub.add_user("someone", scoped, role="fineGrained", only="someone/mine")
+    with pytest.raises(ValueError, match="someone/mine: the token of someone may not write there"):
+        sent(exported, "someone/mine", token=scoped)
+    assert not hub.repositories
+    for name in ("someone/mine", "someone/other"):
+        sent(exported, name)
+    with pytest.raises(ValueError, match="someone/mine exists, and has files in it: --exist-ok"):
+        sent(exported, "someone/mine", token=scoped)
+    single = export(exported, tmp_path / "single", samples=False)
+    commit = sent(single, "someone/mine", token=scoped, exist_ok=True)
+    assert "model.safetensors" in hub.files("someone/mine", commit)
+    with pytest.raises(ValueError, match="someone/other: the token of someone may not write there"):
+        sent(single, "someone/other", token=scoped, exist_ok=True)
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, exported, sent):

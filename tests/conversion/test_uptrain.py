@@ -1,6 +1,7 @@
 """Uptraining: pooled heads, the number of steps, a run of the stock trainer, and the table of the study."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import band, tiny_model
 from conversion import uptraining_study
 from conversion.convert_llama import pool_heads
 from conversion.convert_to_llama import llama_of
+from conversion.provenance import licenses_of, notice_of
 from conversion.uptrain import main, pool, read_source, steps_of
 from conversion.weights import ConversionError
 from notekit.checkpoint import load
@@ -136,6 +138,21 @@ def test_a_run_from_a_llama_to_routed_heads(tokenizer, original, music, tmp_path
     assert "began from another model (weights" in capsys.readouterr().err
     assert (run / "pooled" / "model.safetensors").stat().st_mtime_ns == written
     assert json.loads((run / "report.json").read_text()) == report
+
+
+def test_the_license_of_the_original_is_that_of_the_result(original, tmp_path):
+    """The chain of folders ends at `pooled`, which nothing but its own files leads on from."""
+    source = shutil.copytree(original, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n")
+    (source / "NOTICE.md").write_text("Not for money.")
+    folder = pool(source, tmp_path / "run", "token")
+    shutil.copytree(folder, tmp_path / "run" / "best")
+    for name in ("README.md", "NOTICE.md", "provenance.json"):
+        (tmp_path / "run" / "best" / name).unlink()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"model": str(folder)}))
+    shutil.rmtree(source)
+    assert [found[1] for found in licenses_of(str(tmp_path / "run" / "best"))] == ["cc-by-nc-sa-4.0"] * 2
+    assert notice_of(str(tmp_path / "run" / "best")).read_text() == "Not for money."
 
 
 def test_a_pooled_model_that_was_not_written_to_its_end_is_written_anew(original, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from notekit import checkpoint
 from notekit.checkpoint import CheckpointError, load
+from notekit.render import MissingExtraError
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 
@@ -102,6 +104,47 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folders, tmp_path):
     folder = shutil.copytree(folders["perceivers"], tmp_path / "checkpoint")
     PerceiverSTokenizer(bos=False).save_pretrained(folder)
     with pytest.raises(CheckpointError, match="390 tokens but the model 391"):
+        load(folder)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(folder):
+    """One of default settings would fit by its size, and mean something else by its tokens."""
+    for name in ("tokenizer_config.json", "miditok.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"checkpoint: no tokenizer \(tokenizer_config.json is missing\)"):
+        load(folder)
+
+
+@torch.no_grad()
+def test_an_adapter_in_the_folder_of_a_whole_model_is_merged_into_it(folder, monkeypatch):
+    pytest.importorskip("peft")
+    from notekit.lora import add_lora
+
+    base, ids = load(folder)[0], torch.tensor([list(range(5, 40))])
+    plain = base(ids).logits
+    adapted = add_lora(base, rank=2).eval()
+    torch.manual_seed(0)
+    for key, weight in adapted.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.3)
+    wanted = adapted(ids).logits
+    adapted.save_pretrained(folder)
+    model, tokenizer = load(folder)
+    assert not any("lora" in key for key in model.state_dict()) and model.name_or_path == str(folder)
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=2e-4)
+    assert (wanted - plain).abs().max() > 0.1 and tokenizer.vocab_size == model.config.vocab_size
+    # Both are checked, and neither is played without the other.
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing keys"):
+        load(folder)
+    save_file(weights | {"model.norm.weight": lost}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load(folder)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match="peft"):
         load(folder)
 
 

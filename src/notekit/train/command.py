@@ -21,6 +21,7 @@ from .arguments import DataArguments, ModelArguments, WatchArguments, parse
 from .checks import check_arguments, check_output, check_ranks
 from .families import PARTS, EndlessStream, Parts, WholeBatches, model_type_of
 from .nats import sum_of_nats
+from .origin import OriginCallback, keep_origin, tell_origin
 from .resuming import check_run, is_finished, last_complete, state_of, times_no_better
 from .watching import SampleCallback
 
@@ -65,7 +66,8 @@ def train(
 
     Writes into `args.output_dir`: `checkpoint-STEP/` (to go on from), `best/` (the weights of the best evaluation, to
     use), `adapter/` (with LoRA; `best/` then has it merged), `samples/`, `runs/` (TensorBoard), `held_out.csv`,
-    `skipped.csv`, `report.json`. A run that is finished is not trained again: its report is returned.
+    `skipped.csv`, `report.json`; and into every folder of weights `provenance.json`, what they were made from. A run
+    that is finished is not trained again: its report is returned.
 
     Returns the report: evaluation, corpus, speed.
 
@@ -100,6 +102,9 @@ def train(
         if kept is not None:
             return kept
         try:
+            if trainer.is_world_process_zero():
+                folder = Path(args.output_dir)
+                keep_origin(model.model, folder, resumes=last_complete(folder)[0] is not None)
             report |= _trained(trainer, watch)
             report |= _finish(trainer, made.tokenizer, network, adapted, drafts=model.draft_tokens is not None)
         except Exception as error:
@@ -163,6 +168,7 @@ def _trainer(
         preprocess_logits_for_metrics=getattr(made.model, "sum_of_nats", sum_of_nats),
         processing_class=made.tokenizer,
     )
+    trainer.add_callback(OriginCallback(Path(args.output_dir)))
     if watch.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(watch.early_stopping_patience))
     every = args.eval_steps if watch.sample_steps is None else watch.sample_steps
@@ -255,6 +261,8 @@ def _finish(trainer: Trainer, tokenizer, network, adapted, drafts: bool) -> dict
         (best / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing to publish
         if not any(best.glob("*.safetensors")):
             raise ValueError(f"{best}: the weights were not saved; {folder} has the checkpoints.")
+        for weights in (best, folder / "adapter") if adapted is not network else (best,):
+            tell_origin(folder, weights)
     before = [row for row in trainer.state.log_history if row["step"] == 0 and "eval_nats_per_note" in row]
     if before and not drafts:
         found["nats_per_note_before"] = before[0]["eval_nats_per_note"]

@@ -165,6 +165,9 @@ def test_adapters_are_kept_alone_and_merged(folder, tmp_path, capsys):
     base = tmp_path / "base"
     data = ["--data", str(folder), *FEW]
     assert main([*data, "--output", str(base), "--model", config_file(tmp_path, SMALL), "--max_steps", "10"]) == 0
+    assert json.loads((base / "best" / "provenance.json").read_text()) == {"made_from": []}  # training begun anew
+    (base / "best" / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n")
+    (base / "best" / "NOTICE.md").write_text("Not for money.")
     out = tmp_path / "adapted"
     command = [*data, "--output", str(out), "--model", str(base / "best"), "--lora_rank", "4", "--max_steps", "10"]
     assert main(command) == 0
@@ -173,6 +176,11 @@ def test_adapters_are_kept_alone_and_merged(folder, tmp_path, capsys):
     assert report["eval_nats_per_note"] < before["eval_nats_per_note"]
     assert report["trainable_parameters"] < report["parameters"]
     assert {path.name for path in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    for name in ("best", "adapter", "checkpoint-10"):  # wherever one of them is copied to, it tells its license
+        assert json.loads((out / name / "provenance.json").read_text()) == {
+            "made_from": [{"name": None, "license": "cc-by-nc-sa-4.0"}]
+        }
+        assert (out / name / "NOTICE.md").read_text() == "Not for money."
     merged, _ = load(out / "best")
     applied, _ = load(out / "adapter")
     ids = torch.arange(3, 40)[None]
