@@ -30,16 +30,16 @@ COMMON = "--block_size 128 --max_steps 22 --save_steps 4 --warmup_steps 2 --lear
 COMMON += "--sample_steps 8 --num_samples 1 --sample_bars 2 --tempo 0.1 --velocity 8 "
 COMMON += "--report_to none --disable_tqdm true"
 
-# Trainings one after the other, each forked after the slow imports: in one process, killed at a part of the first one's
-# time where "kill_at" says so (perhaps in the middle of a line), or in two that find each other as under torchrun.
+# Trainings one after the other, each forked after the slow imports: in one process, killed so many seconds after a
+# checkpoint appears where "kill_at" says so (perhaps in the middle of a line), or in two that find each other as under
+# torchrun.
 FORKS = """
 import json, os, signal, sys, time
 from pathlib import Path
 from notekit.train.__main__ import run
-jobs = json.loads(sys.argv[1])
-for job in jobs:
+for job in json.loads(sys.argv[1]):
     argv, world = job["argv"], job.get("processes", 1)
-    begin, children = time.monotonic(), []
+    output, children = Path(argv[argv.index("--output") + 1]), []
     for rank in range(world):
         child = os.fork()
         if child == 0:
@@ -50,12 +50,14 @@ for job in jobs:
             run()  # ends the process
         children.append(child)
     if "kill_at" in job:
-        time.sleep(job["kill_at"] * whole)
+        step, delay = job["kill_at"]
+        running = lambda: os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        while step and running() and not (output / f"checkpoint-{step}").exists():
+            time.sleep(0.005)
+        time.sleep(delay)
         os.kill(children[0], signal.SIGKILL)
     statuses = [os.waitpid(child, 0)[1] for child in children]
-    if job is jobs[0]:
-        whole = time.monotonic() - begin
-    kept = sorted(path.name for path in Path(argv[argv.index("--output") + 1]).glob("checkpoint-*"))
+    kept = sorted(path.name for path in output.glob("checkpoint-*"))
     print("\\nended", *map(os.waitstatus_to_exitcode, statuses), *kept, flush=True)
 """
 
@@ -164,12 +166,12 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
     print("seed of the moments:", seed)
     whole = {"argv": command(folder, tmp_path / "whole", family)}
     killed = {"argv": command(folder, tmp_path / "killed", family)}
-    # Parts of the first run, which also fills the cache: the later ones are faster.
-    moments = [round(draw.uniform(0.1, 0.4), 2) for _ in range(5)]
+    # Before the first checkpoint, and soon after, or while, each of the next four is written.
+    moments = [(step, round(draw.uniform(0.01, 0.2), 3)) for step in (None, 4, 8, 12, 16)]
     first, *ended = trainings(whole, *[{**killed, "kill_at": moment} for moment in moments], killed)
     print(*zip([*moments, None], ended, strict=True), sep="\n")
-    assert ended[0][0] == "-9" and "checkpoint-22" not in ended[0]
     assert first[0] == ended[-1][0] == "0" and {one[0] for one in ended[:-1]} <= {"-9", "0"}
+    assert sum(one[0] == "-9" and "checkpoint-22" not in one for one in ended[:-1]) >= 2
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), f"seed {seed}"
     assert losses(tmp_path / "whole", 20) == losses(tmp_path / "killed", 20)
