@@ -37,11 +37,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from conversion.convert_to_llama import HEAD, llama_of
+from conversion.convert_to_llama import HEAD, load_llama
 from conversion.provenance import license_of
 from conversion.weights import ConversionError, run_command
-from notekit.checkpoint import load
-from sage_music import SageMusicForCausalLM
 
 try:
     import gguf
@@ -84,12 +82,7 @@ def convert(checkpoint, output, dtype: str = "float32", name: str | None = None)
     output = Path(output).resolve()
     if output.exists():
         raise ConversionError(f"{output}: it is there already: name another file.")
-    model, tokenizer = load(checkpoint)
-    if not isinstance(model, SageMusicForCausalLM):
-        raise ConversionError(f"{checkpoint}: a {type(model).__name__} is no Llama.")
-    if model.draft is not None:
-        warnings.warn("the draft head is left out: a Llama has none", stacklevel=2)
-    llama = llama_of(model, checkpoint)
+    llama, tokenizer = load_llama(checkpoint)
     _check(llama.config, checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:

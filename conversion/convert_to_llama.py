@@ -24,7 +24,7 @@ from conversion.convert_llama import ATTENTION, HEAD, OPTIONAL_WEIGHTS, SHARED_F
 from conversion.provenance import carry
 from conversion.weights import ConversionError, check_output, load_into, new_folder, remap, run_command
 from notekit.checkpoint import load
-from sage_music import SageMusicConfig, SageMusicForCausalLM
+from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 
 KV = ATTENTION + "kv_weight"
 
@@ -65,18 +65,23 @@ def convert(checkpoint, output=None) -> LlamaForCausalLM:
     """
     if output is not None:
         check_output(output)
-    model, tokenizer = load(checkpoint)
-    if not isinstance(model, SageMusicForCausalLM):
-        raise ConversionError(f"{checkpoint}: a {type(model).__name__} is no Llama.")
-    if model.draft is not None:
-        warnings.warn("the draft head is left out: a Llama has none", stacklevel=2)
-    llama = llama_of(model, checkpoint)
+    llama, tokenizer = load_llama(checkpoint)
     if output is not None:
         with new_folder(output) as folder:
             llama.save_pretrained(folder)
             tokenizer.save_vocabulary(folder)
             carry(checkpoint, folder, "convert_to_llama")
     return llama
+
+
+def load_llama(checkpoint) -> tuple[LlamaForCausalLM, SageMusicTokenizer]:
+    """The Llama of a checkpoint and its tokenizer; a draft head is left out with a warning. Raises as `convert`."""
+    model, tokenizer = load(checkpoint)
+    if not isinstance(model, SageMusicForCausalLM):
+        raise ConversionError(f"{checkpoint}: a {type(model).__name__} is no Llama.")
+    if model.draft is not None:
+        warnings.warn("the draft head is left out: a Llama has none", stacklevel=3)
+    return llama_of(model, checkpoint), tokenizer
 
 
 def llama_of(model: SageMusicForCausalLM, name="the model") -> LlamaForCausalLM:

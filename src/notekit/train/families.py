@@ -190,10 +190,10 @@ def start(options: ModelArguments) -> tuple[PreTrainedTokenizer, PreTrainedModel
                 f"--config {name}: the weights of {options.model} depend on it; of a checkpoint only "
                 f"{', '.join(FREE_FIELDS)} can change. Give a .json file to train a new model."
             )
+    if changes and (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(f"--config and --draft_tokens: {source} has an adapter: merge it and save the model first.")
     model, tokenizer = load(options.model)
     if changes:
-        if not (Path(source) / "config.json").is_file() and Path(source).is_dir():
-            raise ValueError(f"--config and --draft_tokens: {source} is an adapter: merge and save it first.")
         model = model_class.from_pretrained(source, **changes)
     if options.tokenizer:
         tokenizer = tokenizer_class.from_pretrained(options.tokenizer)

@@ -70,7 +70,17 @@ def test_a_result_holds_midi_and_its_notes(either):
     assert len(notes) == len(result["notes"]) and result["seed"] == 4 and result["seconds"] > 0
     assert np.allclose(notes["onset_s"], result["notes"]["onset_s"], atol=2e-3)
     assert 2 < result["prompt_end_s"] <= 4 and result["new_notes"] > 0
-    assert (notes["onset_s"] >= result["prompt_end_s"] - 1e-3).sum() == result["new_notes"]
+    for music in (notes, result["notes"]):
+        assert (music["onset_s"] >= result["prompt_end_s"]).sum() == result["new_notes"]
+
+
+@pytest.mark.parametrize("qpm", [97.3, 133.7])
+def test_the_end_of_the_prompt_parts_old_notes_from_new(either, qpm):
+    """In any tempo: the same seconds for bar lines and notes."""
+    pipe, options = either
+    for seed in (1, 2):
+        result = pipe(band(bars=3, seed=seed, qpm=qpm).dumps_midi(), seed=seed, **options)
+        assert (result["notes"]["onset_s"] >= result["prompt_end_s"]).sum() == result["new_notes"] > 0
 
 
 def test_bars_are_those_of_continue_score(bars):

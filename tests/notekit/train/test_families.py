@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from conftest import tiny_model
 from datasets import Dataset
 
 from notekit.train.arguments import ModelArguments
-from notekit.train.families import Pieces, WholeBatches, config_changes, model_type_of
+from notekit.train.families import Pieces, WholeBatches, config_changes, model_type_of, start
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,15 @@ def test_the_family_is_the_checkpoints_the_configs_or_the_bases(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "perceivers"}))
     assert model_type_of(str(tmp_path / "adapter")) == "perceivers"
+
+
+@pytest.mark.parametrize("options", [{"config": ["attention_dropout=0.1"]}, {"draft_tokens": 2}], ids=str)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_with_an_adapter_is_not_changed(tmp_path, tokenizer, whole, options):
+    """Beside a whole model or alone: Transformers would load the changed model with the adapter still apart."""
+    if whole:
+        tiny_model(tokenizer).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "sage-music"}')
+    with pytest.raises(ValueError, match="has an adapter: merge it"):
+        start(ModelArguments(model=str(tmp_path), **options))
