@@ -42,6 +42,7 @@ from sage_music import (
     SageMusicTokenizer,
     quantize_int8,
 )
+from sage_music.arguments_sage_music import CACHE_NAME
 
 from .compose import _window
 from .sampling import sampling_options, seeded
@@ -239,7 +240,7 @@ def timed(model, ids: torch.Tensor, tokens: int, **options) -> Run:
     start = time.perf_counter()
     clock, output = _clocked(model, ids, tokens, return_dict_in_generate=True, **options)
     passes = [(at - start, count) for at, count in zip(clock.times[1:], clock.counts[1:], strict=True)]
-    return Run(passes, cache_bytes(output.past_key_values))
+    return Run(passes, cache_bytes(getattr(output, CACHE_NAME)))
 
 
 def cache_bytes(cache) -> dict[str, float]:

@@ -278,7 +278,7 @@ def paper_size(contexts=(2048, 32768), tokens: int = 64, **shape) -> dict:
     rows = result["decoding"] = []
     for context in contexts:
         cache = PerceiverSCache(config)
-        prefill, *steps = token_seconds(model, ids[:, : context - tokens], tokens + 1, past_key_values=cache)
+        prefill, *steps = token_seconds(model, ids[:, : context - tokens], tokens + 1, cache=cache)
         step, refill = statistics.median(steps), refill_seconds(model, cache, ids)
         row = {"context": context, "prefill_s": prefill, "step_ms": 1000 * step, "refill_ms": 1000 * refill}
         row["ms_per_token"] = 1000 * amortised(config, step, refill)
@@ -295,9 +295,9 @@ def refill_seconds(model: PerceiverSForCausalLM, cache: PerceiverSCache, ids: to
     while cache.window_start(column) == cache.window_start(column - 1):
         column -= 1
     cache.crop(column - 1 - cache.get_seq_length())
-    model(ids[:, column - 1 : column], past_key_values=cache, logits_to_keep=1)  # the window before it, computed anew
+    model(ids[:, column - 1 : column], cache=cache, logits_to_keep=1)  # the window before it, computed anew
     start = time.perf_counter()
-    model(ids[:, column : column + 1], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, column : column + 1], cache=cache, logits_to_keep=1)
     return time.perf_counter() - start
 
 

@@ -50,7 +50,7 @@ class PerceiverSConfig(PreTrainedConfig):
     """
 
     model_type = "perceivers"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (class variable of the base class)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (class variable of the base class)
 
     vocab_size: int = 391
     hidden_size: int = 256

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .arguments_perceivers import CACHE_NAME, PASSED_THROUGH, check_arguments, one_cache, rename_cache, warn_untested
 from .attention_perceivers import AttentionPlan, PerceiverSCrossAttention, PerceiverSSelfAttention, plan_cross
 from .cache_perceivers import PerceiverSCache
 from .configuration_perceivers import PerceiverSConfig
@@ -27,7 +28,7 @@ class PerceiverSPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PerceiverSCrossLayer", "PerceiverSLayer"]  # noqa: RUF012 (class variables of the base class)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -51,6 +52,7 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
 
     def __init__(self, config: PerceiverSConfig):
         super().__init__(config)
+        warn_untested()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_positions = None
         if config.absolute_positions:
@@ -72,11 +74,12 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_latents: int | None = None,
         outputs_to_keep: int = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -84,42 +87,45 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             input_ids: (B, T), or `inputs_embeds` (B, T, hidden_size).
             attention_mask: (B, tokens seen + T), 0 for padding on the left.
             position_ids: (B, T), counted from the first token that is not padding by default.
-            past_key_values: a `PerceiverSCache`. `use_cache=True` makes one; the default makes none.
+            cache, past_key_values: a `PerceiverSCache`, by its name from Transformers 5.24 on or the one before; give
+                one. `use_cache=True` makes one; the default makes none.
             num_latents: positions to compute, without a cache; at most `config.num_latents`, the default.
             outputs_to_keep: with a cache, how many of the new tokens' states to return; 0: those of the last window.
+            kwargs: what callers pass to any model (`PASSED_THROUGH`).
 
         Returns `last_hidden_state` (B, n, hidden_size) of the last n positions. Without a cache n is `num_latents` (or
         T, where that is less). With one, every position is computed in the window that the cache's schedule gives it,
         and the context moves on with the window past `max_position_embeddings`.
 
         Raises:
+            TypeError: any other argument.
             ValueError: ids outside the vocabulary, more than `max_position_embeddings` tokens (without a cache, or with
                 learned positions), padding after tokens, a row of padding alone, or a cache of another kind.
         """
+        check_arguments(self, kwargs, PASSED_THROUGH)
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         length = inputs_embeds.shape[1]
-        if past_key_values is None and use_cache:
-            past_key_values = PerceiverSCache(self.config)
-        if past_key_values is not None and not hasattr(past_key_values, "window_start"):
-            raise ValueError(
-                f"PerceiverS decodes with PerceiverSCache(model.config), not with {type(past_key_values).__name__}."
-            )
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        valid = self._valid_columns(attention_mask, seen, length, cached=past_key_values is not None)
+        if cache is None and use_cache:
+            cache = PerceiverSCache(self.config)
+        if cache is not None and not hasattr(cache, "window_start"):
+            raise ValueError(f"PerceiverS decodes with PerceiverSCache(model.config), not with {type(cache).__name__}.")
+        seen = cache.get_seq_length() if cache is not None else 0
+        valid = self._valid_columns(attention_mask, seen, length, cached=cache is not None)
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None]
             if valid is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
             elif seen:
-                last = past_key_values.columns("positions", seen - 1, seen) - self.config.position_offset
+                last = cache.columns("positions", seen - 1, seen) - self.config.position_offset
                 position_ids = position_ids + last + 1
         position_ids = position_ids + self.config.position_offset
         limit = self.config.max_position_embeddings
-        if seen + length > limit and (past_key_values is None or self.embed_positions is not None):
+        if seen + length > limit and (cache is None or self.embed_positions is not None):
             raise ValueError(
                 f"{seen + length} tokens are more than max_position_embeddings ({limit}): give the last {limit}."
             )
@@ -130,14 +136,14 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
         # An adapter around the embedding has other vectors than its weight's rows.
         if input_ids is not None and self.embed_positions is None and not hasattr(self.embed_tokens, "base_layer"):
             context = Context(inputs_embeds, input_ids, self.embed_tokens.weight)
-        if past_key_values is not None:
-            states = self._extend(context, position_ids, valid, past_key_values, outputs_to_keep, **kwargs)
+        if cache is not None:
+            states = self._extend(context, position_ids, valid, cache, outputs_to_keep, **kwargs)
         else:
             latents = min(self.config.num_latents if num_latents is None else num_latents, length)
             if not 1 <= latents <= self.config.num_latents:
                 raise ValueError(f"num_latents ({num_latents}) must lie in 1..{self.config.num_latents}.")
             states = self._compute(context, position_ids, valid, latents, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(states, cache)
 
     def _check_ids(self, input_ids: torch.LongTensor) -> None:
         # An accelerator would stall for this check, and an embedding raises a device error there anyway.
@@ -288,12 +294,13 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_latents: int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As `PerceiverSModel.forward`, with `labels` (B, T), aligned with the tokens as everywhere (-100: ignored).
@@ -316,7 +323,7 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_latents=num_latents,
@@ -329,18 +336,15 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        # By position: the third is named by the version of Transformers.
+        cache = getattr(outputs, CACHE_NAME)
+        return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        rename_cache(model_kwargs)
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -361,7 +365,7 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
         cache = PerceiverSCache(self.config, getattr(generation_config, "refill_length", None))
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .arguments_sage_music import CACHE_NAME, is_paged
 from .cache_sage_music import HIDDEN, AttributeRoute
 from .configuration_sage_music import SageMusicConfig
 
@@ -270,7 +271,7 @@ class SageMusicAttention(nn.Module):
         hidden_states: torch.Tensor,
         plan: AttributePlan,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -282,19 +283,24 @@ class SageMusicAttention(nn.Module):
 
         output = weights = None
         if plan.route is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, plan.route)
+            key, value = cache.update(key, value, self.layer_idx, plan.route)
             output = self._attend_rows(query, key, value, plan.route)
         elif self.fold is not None:
             if plan.gather is not None:
                 rows, kept = self._compact(key, plan.gather), self._compact(value, plan.gather)
-            if past_key_values is not None:
-                past_key_values.layers[self.layer_idx].fill(torch.stack((rows, kept)))
+            if cache is not None:
+                cache.layers[self.layer_idx].fill(torch.stack((rows, kept)))
             if plan.blocks is not None:
                 output = self._attend_compact(query, rows, kept, key, value, plan)
             else:
                 key, value = key[:, self.fold.kv_heads], value[:, self.fold.kv_heads]
-        elif past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        elif is_paged(cache):
+            if CACHE_NAME == "cache":
+                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            else:  # before 5.24 the attention interface writes the pages
+                kwargs["cache"] = cache
+        elif cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if output is None:
             # Written out here, once: engines that bring their own attention look for this call in `forward`.
             attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -40,7 +40,7 @@ class SageMusicConfig(PreTrainedConfig):
     """
 
     model_type = "sage_music"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (class variable of the base class)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (class variable of the base class)
 
     vocab_size: int = 512
     hidden_size: int = 320

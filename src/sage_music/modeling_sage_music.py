@@ -22,6 +22,16 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .arguments_sage_music import (
+    CACHE_NAME,
+    PASSED_THROUGH,
+    PASSED_TO_ATTENTION,
+    check_arguments,
+    is_paged,
+    one_cache,
+    rename_cache,
+    warn_untested,
+)
 from .attention_sage_music import (
     FEW_TOKENS,
     AttributePlan,
@@ -112,11 +122,11 @@ class SageMusicDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         plan: AttributePlan,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), plan, position_embeddings, past_key_values=past_key_values, **kwargs
+            self.input_layernorm(hidden_states), plan, position_embeddings, cache=cache, **kwargs
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -127,7 +137,7 @@ class SageMusicPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SageMusicDecoderLayer"]  # noqa: RUF012 (class variables of the base class)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True  # "token" and the controls; "head" refuses it
     _supports_flex_attn = True
@@ -184,6 +194,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
 
     def __init__(self, config: SageMusicConfig):
         super().__init__(config)
+        warn_untested()
         check_attention(config)  # a serving engine would compile before it hears of it in `forward`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([SageMusicDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
@@ -202,10 +213,11 @@ class SageMusicModel(SageMusicPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         attribute_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -220,11 +232,23 @@ class SageMusicModel(SageMusicPreTrainedModel):
             attribute_ids: (B, T) attribute of each token, plus `config.num_attributes` for tokens that every head group
                 reads (BOS). With `input_ids` they come from `config.token_attribute_ids`, and these are not read:
                 `generate()` goes on passing those of the embedded prompt.
+            cache, past_key_values: the cache, by its name from Transformers 5.24 on or the one before; give one.
+            kwargs: what callers pass to any model (`PASSED_THROUGH`), or to an attention interface.
 
         Raises:
-            ValueError: ids outside the vocabulary, `inputs_embeds` without `attribute_ids`, a cache of another kind,
-                a mask that is not 2D under `kv_routing="head"`, or packed rows with an attention_mask.
+            TypeError: any other argument.
+            ValueError: ids outside the vocabulary, `inputs_embeds` without `attribute_ids`, a cache of another kind or
+                beside gradient checkpointing, a mask that is not 2D under `kv_routing="head"`, packed rows with an
+                attention_mask, or lengths of packed sequences without position_ids.
         """
+        check_arguments(self, kwargs, PASSED_THROUGH if self.config.kv_routing == "head" else PASSED_TO_ATTENTION)
+        cache = one_cache(cache, past_key_values)
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("gradient checkpointing computes layers twice, which a cache would count: give no cache.")
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "cu_seq_lens_q without position_ids: packed rows need those, starting anew in each sequence."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if input_ids is not None:
@@ -233,22 +257,26 @@ class SageMusicModel(SageMusicPreTrainedModel):
         length = inputs_embeds.shape[1]
 
         sequences = None
-        if position_ids is not None and past_key_values is None:
+        past = None if is_paged(cache) else cache  # pages come with positions and a mask of their own
+        if position_ids is not None and past is None:
             sequences = packed_sequences(position_ids, attention_mask)
-        if use_cache and past_key_values is None and sequences is None:
-            past_key_values = SageMusicCache(self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None and sequences is None:
+            cache = past = SageMusicCache(self.config)
+        seen = past.get_seq_length() if past is not None else 0
         if position_ids is None:
             position_ids = self._positions(attention_mask, seen, length, inputs_embeds.device)
 
-        plan = self._plan(
-            input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past_key_values, sequences
-        )
+        if cache is not None and self.config.kv_routing == "head" and not hasattr(cache, "route"):
+            raise ValueError(
+                f"kv_routing='head' keeps a cache compacted by attribute: pass SageMusicCache(model.config) or no "
+                f"cache, not {type(cache).__name__}."
+            )
+        plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past, sequences)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, plan, position_embeddings, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, plan, position_embeddings, cache=cache, **kwargs)
+        return BaseModelOutputWithPast(self.norm(hidden_states), cache)
 
     @staticmethod
     def _positions(attention_mask, seen, length: int, device) -> torch.LongTensor:
@@ -300,7 +328,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past,
+                **{CACHE_NAME: past},
                 # Only of packed rows: compiled, it would look for several sequences in any.
                 position_ids=None if sequences is None else position_ids,
             )
@@ -308,11 +336,6 @@ class SageMusicModel(SageMusicPreTrainedModel):
                 plan.varlen = varlen_arguments(sequences)
             return plan
 
-        if past is not None and not hasattr(past, "route"):
-            raise ValueError(
-                f"kv_routing='head' keeps a cache compacted by attribute: pass SageMusicCache(model.config) or no "
-                f"cache, not {type(past).__name__}."
-            )
         if attention_mask is not None:
             if attention_mask.ndim != 2:
                 raise ValueError("kv_routing='head' takes a 2D attention_mask: (batch, tokens), 0 for padding.")
@@ -348,13 +371,14 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         attribute_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_last_hidden_state: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As `SageMusicModel.forward`, with `labels` (B, T) for the shifted loss in nats per token (-100: ignored; in a
@@ -363,17 +387,19 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         Returns logits (B, T or `logits_to_keep`, vocab_size). With `return_last_hidden_state`, which drafting asks for,
         `hidden_states` holds the last ones (B, T, hidden_size), after the final norm.
         """
-        step = getattr(past_key_values, "step", None)
-        if step is not None and labels is None and step.takes(input_ids, past_key_values, kwargs):
-            hidden_states = step(input_ids, attention_mask, position_ids, past_key_values)
+        cache = one_cache(cache, past_key_values)
+        step = getattr(cache, "step", None)
+        if step is not None and labels is None and step.takes(input_ids, cache, kwargs):
+            check_arguments(self, kwargs, PASSED_THROUGH)
+            hidden_states = step(input_ids, attention_mask, position_ids, cache)
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             hidden_states = (hidden_states,) if return_last_hidden_state else None
-            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values, hidden_states=hidden_states)
+            return CausalLMOutputWithPast(None, logits, cache, hidden_states)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             attribute_ids=attribute_ids,
             use_cache=use_cache,
@@ -386,7 +412,7 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
             drafts = self.draft is not None and next(self.draft.parameters()).requires_grad  # not beside adapters
             if drafts and self.training and input_ids is not None:
                 sequences = None
-                if position_ids is not None and past_key_values is None:
+                if position_ids is not None and cache is None:
                     sequences = packed_sequences(position_ids, attention_mask)
                 loss = loss + self.draft.loss(
                     outputs.last_hidden_state,
@@ -397,17 +423,11 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
                     kwargs.get("num_items_in_batch"),
                     sequences,
                 )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=(
-                (outputs.last_hidden_state,)
-                if return_last_hidden_state and outputs.hidden_states is None
-                else outputs.hidden_states
-            ),
-            attentions=outputs.attentions,
-        )
+        hidden_states = outputs.hidden_states
+        if return_last_hidden_state and hidden_states is None:
+            hidden_states = (outputs.last_hidden_state,)
+        # By position: the third is named by the version of Transformers.
+        return CausalLMOutputWithPast(loss, logits, getattr(outputs, CACHE_NAME), hidden_states, outputs.attentions)
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         if generation_config.use_mtp and generation_config.prompt_lookup_num_tokens is None:
@@ -418,7 +438,8 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         implementation = generation_config.cache_implementation
-        given = model_kwargs.get("past_key_values") is not None
+        rename_cache(model_kwargs)
+        given = model_kwargs.get(CACHE_NAME) is not None
         if (
             given
             or generation_config.use_cache is False
@@ -440,7 +461,7 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
                 self._decode_step = cache.step = DecodeStep.of(self.model, self._decode_step, options)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
 
     def _compile_options(self, generation_config) -> dict | None:
         """Arguments of `torch.compile` for the decode step, where `generate(compile_config=...)` asks for it."""
@@ -453,7 +474,7 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         """Not with the decode step: it compiles itself."""
-        if getattr(model_kwargs.get("past_key_values"), "step", None) is not None:
+        if getattr(model_kwargs.get(CACHE_NAME), "step", None) is not None:
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 

@@ -50,6 +50,7 @@ from notekit.train.arguments import DataArguments, ModelArguments
 from notekit.train.command import main
 from notekit.train.families import BLOCK_SIZE, Parts, config_changes, new_fields, read_pieces
 from sage_music import SageMusicTokenizer
+from sage_music.arguments_sage_music import CACHE_NAME, PASSED_THROUGH, check_arguments, one_cache
 from sage_music.augmentation import SageMusicAugmentation
 from sage_music.data import BlockDataset
 
@@ -208,16 +209,17 @@ class CompoundMusicForCausalLM(LlamaPreTrainedModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
         Args:
             input_ids: (B, T, 8) compounds. Padding goes on the right and needs no mask.
-            attention_mask, position_ids, past_key_values, use_cache: as in Llama, of compounds.
+            attention_mask, position_ids, cache (or past_key_values), use_cache: as in Llama, of compounds.
             labels: (B, T, 8), not shifted; -100: not counted (`CompoundTokens.labels`).
             logits_to_keep: compute the logits of the last so many compounds only (0: of all).
 
@@ -227,8 +229,10 @@ class CompoundMusicForCausalLM(LlamaPreTrainedModel):
             token, and one learning rate and clipping norm suit both.)
 
         Raises:
+            TypeError: an argument that no model knows (`PASSED_THROUGH`).
             ValueError: input_ids that are not (B, T, 8).
         """
+        check_arguments(self, kwargs, PASSED_THROUGH)
         if input_ids.ndim != 3 or input_ids.shape[-1] != len(FIELDS):
             raise ValueError(f"input_ids have the shape (B, T, {len(FIELDS)}), not {tuple(input_ids.shape)}.")
         starts = torch.tensor([part.start for part in self.config.field_slices], device=input_ids.device)
@@ -236,15 +240,15 @@ class CompoundMusicForCausalLM(LlamaPreTrainedModel):
             inputs_embeds=self.model.embed_tokens(input_ids + starts).sum(dim=2),  # (B, T, hidden_size)
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE_NAME: one_cache(cache, past_key_values)},
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.sum_of_nats(logits, labels).sum() / (labels[:, 1:] != -100).sum().clamp(min=1)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss, logits, getattr(outputs, CACHE_NAME))
 
     def sum_of_nats(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(B,) nats of each row: all fields of all compounds but the first, of logits (B, T, V), labels (B, T, 8)."""

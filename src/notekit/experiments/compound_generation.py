@@ -217,7 +217,7 @@ class CompoundPlan(Plan):
     def _logits(self, compounds: np.ndarray, cache: Cache) -> np.ndarray:
         """(V,) logits of what follows compounds (n, 8), which go into the cache."""
         rows = torch.from_numpy(compounds)[None].to(self.model.device)
-        output = self.model(rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.model(rows, cache=cache, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1].float().cpu().numpy()
 
     def _heard(self, ids: list[int]) -> list[int] | None:

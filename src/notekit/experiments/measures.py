@@ -27,6 +27,7 @@ from notekit.midi import read_notes, write_atomic, write_midi
 from notekit.sampling import Generated, sampling_options, seeded
 from perceivers import NoteDurationLogitsProcessor, PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
+from sage_music.arguments_sage_music import CACHE_NAME
 
 from .compound import CompoundMusicForCausalLM, CompoundWindowDataset, collate
 from .compound_generation import continue_score_compound
@@ -231,7 +232,7 @@ def decoding(runs: dict[str, Run], data: Path, context: int, tokens: int, rounds
             times[name].append(float(np.median(token_seconds(model, ids, tokens)[1:])))
     for name, model in models.items():
         output = model.generate(ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-        held = cache_bytes(output.past_key_values)
+        held = cache_bytes(getattr(output, CACHE_NAME))
         found[name] = {"seconds": float(np.median(times[name][1:])), "cache_bytes": held}
     return found
 
