@@ -343,6 +343,9 @@ def _write_weights(model: PreTrainedModel, origin: str, folder: Path, max_shard_
     }
     impl = f"{family.module.replace('.', '_')}.{family.pipeline}"
     model.config.custom_pipelines = {TASK: {"impl": impl, "pt": ["AutoModelForCausalLM"], "tf": [], "type": "text"}}
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # Transformers would write the adapters alone, or, from 5.24 on beside PEFT 0.21, raise.
+        raise ExportError(f"{origin}: no whole model, but one with adapters beside it: merge them first.")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -15,7 +15,15 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .arguments_perceivers import CACHE_NAME, PASSED_THROUGH, check_arguments, one_cache, rename_cache, warn_untested
+from .arguments_perceivers import (
+    CACHE_NAME,
+    PASSED_THROUGH,
+    check_arguments,
+    check_flex_attention,
+    one_cache,
+    rename_cache,
+    warn_untested,
+)
 from .attention_perceivers import AttentionPlan, PerceiverSCrossAttention, PerceiverSSelfAttention, plan_cross
 from .cache_perceivers import PerceiverSCache
 from .configuration_perceivers import PerceiverSConfig
@@ -109,6 +117,7 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        check_flex_attention(self.config, inputs_embeds.device)
         length = inputs_embeds.shape[1]
         if cache is None and use_cache:
             cache = PerceiverSCache(self.config)

@@ -27,6 +27,7 @@ from .arguments_sage_music import (
     PASSED_THROUGH,
     PASSED_TO_ATTENTION,
     check_arguments,
+    check_flex_attention,
     is_paged,
     one_cache,
     rename_cache,
@@ -254,6 +255,7 @@ class SageMusicModel(SageMusicPreTrainedModel):
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        check_flex_attention(self.config, inputs_embeds.device)
         length = inputs_embeds.shape[1]
 
         sequences = None

@@ -80,7 +80,7 @@ def test_what_padding_holds_does_not_matter(performer, events):
     ("kind", "implementation"),
     [*((kind, "eager") for kind in PERCEIVERS), ("sliding", "flex_attention"), ("static", "flex_attention")],
 )
-def test_attention_implementations_agree(events, fixed_shapes, kind, implementation):
+def test_attention_implementations_agree(events, uncompiled_flex, kind, implementation):
     model = tiny_perceivers(kind, initializer_range=0.2)
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, :13] = 0

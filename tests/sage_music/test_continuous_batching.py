@@ -65,6 +65,20 @@ def test_a_batch_of_requests_gets_the_tokens_of_each_alone(tokenizer, pieces, ro
     assert expected != alone(model, pieces, greedy(model))  # the grammar did something
 
 
+def test_every_token_of_a_request_is_fed_once(tokenizer, pieces):
+    """Pages that were not read, or not written, would show as other music only."""
+    model = tiny_model(tokenizer, "token").double()
+    fed = []
+    count = model.register_forward_pre_hook(
+        lambda _, args, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    outputs = batched(model, pieces, greedy(model))
+    count.remove()
+    ended = [ids[-1] == model.config.eos_token_id for ids in outputs]
+    assert [len(ids) == NEW or end for ids, end in zip(outputs, ended, strict=True)] == [True] * len(pieces)
+    assert sum(fed) == sum(len(prompt) + len(ids) - 1 for prompt, ids in zip(pieces, outputs, strict=True))
+
+
 def test_eager_attention_pages_too(tokenizer, pieces):
     model = tiny_model(tokenizer, "token").double()
     config = greedy(model)
