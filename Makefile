@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-avx2 test-versions lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sage-music continue examples/ode_to_joy.mid --prompt-bars 4 --bars 16 \
@@ -12,6 +12,15 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The same on a processor without AVX-512, or as if: PyTorch's own kernels, oneDNN's and (tests/conftest.py) compiled ones.
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: test
+
+# The tests that depend on versions, with the oldest and the newest that pyproject.toml admits (some GB, an hour).
+test-versions: $(VENV)/.dev
+	$(BIN)/python tests/versions/run.py --write docs/versions.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,6 +12,9 @@ import pytest
 import torch
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
+if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+    torch._inductor.config.cpp.simdlen = 256  # compiled code knows nothing of that variable
+
 from perceivers import PerceiverSConfig, PerceiverSForCausalLM, PerceiverSTokenizer
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 
@@ -169,6 +172,15 @@ def performer(request) -> PerceiverSForCausalLM:
 def events() -> torch.Tensor:
     """(2, 150) ids of events: any of them, music or not."""
     return torch.randint(0, 388, (2, 150), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def fixed_shapes():
+    """Compile for each shape by itself, with nothing kept of what other tests compiled."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def show(example, uploaded, model_name: str, prompt_bars, bars, prompt_seconds, 
     return draw(prompt_roll(read_prompt(data, name), in_bars, *lengths))
 
 
-def preview(made: str, example, uploaded, *shown_by, who: gr.Request):
+def preview(who: gr.Request, made: str, example, uploaded, *shown_by):
     """The prompt's roll after other lengths were chosen, unless there is music to look at."""
     if made or who.session_hash in RUNNING:
         return gr.skip()

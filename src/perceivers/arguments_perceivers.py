@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.versions import require_version
 
 # What the test suite passes with (`make test-versions`); pyproject.toml and exported requirements say the same.
-TESTED_VERSIONS = ("transformers>=5.23,<5.25", "torch>=2.13,<2.14")
+TESTED_VERSIONS = ("transformers>=5.23,<5.25", "torch>=2.9.1,<2.16")
 # The name of the cache in `generate()`, in a model's outputs and in the library's own functions.
 CACHE_NAMES = ("cache", "past_key_values")  # from 5.24 on, and before
 CACHE_NAME = CACHE_NAMES["cache" not in {field.name for field in fields(CausalLMOutputWithPast)}]

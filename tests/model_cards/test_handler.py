@@ -267,12 +267,10 @@ def test_without_a_seed_every_request_has_its_own(address):
 
 def test_what_is_malformed_is_said_and_harms_nothing(address):
     for body, kind, words in malformed():
-        begin = time.perf_counter()
         status, answer = post(address, body)
         assert (answer["error"]["type"], status) == (kind, 413 if kind == "too_large" else 400), answer
         assert words in answer["error"]["message"]
         assert len(answer["error"]["message"]) < 300
-        assert time.perf_counter() - begin < 5
     assert post(address, request_for(prompt(0), bars=1))[0] == 200
 
 
@@ -320,9 +318,7 @@ def test_too_many_are_told_to_come_back(handler):
 
 def test_music_ends_at_the_time_limit_with_a_remark(handler, monkeypatch):
     monkeypatch.setattr(handler, "limits", type(handler.limits)(time_limit=0.2))
-    begin = time.perf_counter()
     answer = handler(request_for(prompt(0, bars=4), bars=64, seed=0))
-    assert time.perf_counter() - begin < 10
     assert len(read_notes(base64.b64decode(answer["midi"]))) == len(answer["notes"])
     assert any("time" in remark for remark in answer["remarks"]), answer["remarks"]
 

@@ -38,7 +38,7 @@ ARGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WAIT = 60_000  # milliseconds, on a busy machine
+WAIT = 180_000  # milliseconds, on a busy machine
 # As `python app.py`, but that it looks for old files every second.
 RUN = """
 import runpy, sys
@@ -99,7 +99,7 @@ class Space:
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
         )
-        for _ in range(600):
+        for _ in range(1500):
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text())
             try:
@@ -256,6 +256,16 @@ def test_an_example_is_continued_before_the_visitors_eyes(visit, space):
     page.click("#result [data-seek]")
     assert page.evaluate("document.querySelector('#result audio').currentTime") >= expected.prompt_end_s - 0.01
     assert not space.trap.caught, "Gradio must not phone home"
+
+
+def test_the_roll_shows_the_lengths_that_are_chosen(visit, space):
+    page, said = visit(), "document.querySelector('#roll svg').getAttribute('aria-label')"
+    for bars in (2, 3):
+        set_number(page, "prompt-bars", bars)
+        page.wait_for_function(f"{said}.includes('Bars 1 to {bars} are the prompt')")
+    set_number(page, "bars", 5)
+    page.wait_for_function(f"{said}.includes('5 bars follow')")
+    assert "Traceback" not in space.log.read_text(), space.log.read_text()
 
 
 def test_instruments_and_a_fixed_prompt_length(visit):
@@ -418,16 +428,18 @@ def test_a_closed_page_stops_its_music(visit):
     first, second = visit(), visit()
     first.check("#family >> text=PerceiverS")
     first.wait_for_selector("#for-seconds", state="visible")
-    set_number(first, "seconds", 60)
+    set_number(first, "seconds", 300)
+    begin = time.monotonic()
     first.click("#start")
-    first.wait_for_function("/second [1-9]/.test(document.querySelector('#status').innerText)")
+    first.wait_for_function("/second ([3-9]|\\d\\d)/.test(document.querySelector('#status').innerText)")
+    pace = (time.monotonic() - begin) / 3
     set_number(second, "bars", 1)
     second.click("#start")
     second.wait_for_function("document.querySelector('#status').innerText.includes('queue: 1/1')")
     first.context.close()
     begin = time.monotonic()
     watch(second)
-    assert time.monotonic() - begin < 20, "the closed page's piece goes on"
+    assert time.monotonic() - begin < 150 * pace, "the closed page's piece goes on"
 
 
 def test_nobody_gets_anothers_music(visit, space):

@@ -1,0 +1,199 @@
+"""The tests that depend on what is installed, in virtual environments with other versions than `constraints.txt` has.
+
+    python tests/versions/run.py                       # all: transformers, newest, oldest
+    python tests/versions/run.py transformers          # as the gate does
+    python tests/versions/run.py --write docs/versions.md    # all, and the table of what was run
+
+Sets of versions lie beside this file. `transformers` is `constraints.txt` with the newest Transformers, `newest` has
+the newest of everything, `oldest` the oldest that pyproject.toml admits. Where PyTorch is the same, `music.py` must
+write the same bytes as in the environment that runs this.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+# With the versions of constraints.txt where a set has none of its own; the oldest go with others of their time.
+SETS = {"transformers": True, "newest": True, "oldest": False}
+SHOWN = ("transformers", "torch", "safetensors", "huggingface_hub", "miditok", "symusic", "numpy", "accelerate")
+SHOWN += ("datasets", "tensorboard", "peft", "gradio", "matplotlib", "pretty_midi")
+# Generation and caches, remote code, Trainer, adapters, pipelines, the handler, the Space.
+TESTS = (
+    "tests/test_forward.py",
+    "tests/test_layout.py",
+    "tests/sage_music",
+    "tests/perceivers",
+    "tests/conversion/test_remote_loading.py",
+    "tests/conversion/test_export_hub.py",
+    "tests/conversion/test_push_to_hub.py",
+    "tests/notekit/test_checkpoint.py",
+    "tests/notekit/test_compose.py",
+    "tests/notekit/test_compose_batch.py",
+    "tests/notekit/test_perform.py",
+    "tests/notekit/test_perform_batch.py",
+    "tests/notekit/test_stream.py",
+    "tests/notekit/test_offline.py",
+    "tests/notekit/test_lora.py",
+    "tests/notekit/test_training_numerics.py",
+    "tests/notekit/train",
+    "tests/notekit/pipelines",
+    "tests/notekit/experiments/test_compound.py",
+    "tests/model_cards/test_handler.py",
+    "tests/model_cards/test_space.py",
+)
+
+
+def pins(file: Path) -> dict[str, str]:
+    """`name==version` lines of a constraints file, by normalised name."""
+    found = re.findall(r"^([\w.-]+)==(\S+)", file.read_text(encoding="utf-8"), re.M)
+    return {normalised(name): version for name, version in found}
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def environment(name: str, folder: Path) -> Path:
+    """The Python of a set's virtual environment, made anew when its versions change."""
+    chosen = pins(HERE / f"{name}.txt")
+    if SETS[name]:
+        chosen = {**pins(ROOT / "constraints.txt"), **chosen}
+    wanted = "".join(f"{package}=={version}\n" for package, version in sorted(chosen.items()))
+    wanted_for = wanted + (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    python, made = folder / "bin" / "python", folder / "made"
+    if not made.is_file() or made.read_text(encoding="utf-8") != wanted_for:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        constraints = folder / "constraints.txt"
+        constraints.write_text(wanted, encoding="utf-8")
+        install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", constraints]
+        # PyTorch first: alone, its CPU build is found where there is one.
+        subprocess.run([*install, f"torch=={chosen['torch']}"], check=True)
+        subprocess.run([*install, "-e", f"{ROOT}[dev]"], check=True)
+        made.write_text(wanted_for, encoding="utf-8")
+    return python
+
+
+def versions(python: Path | str) -> dict[str, str]:
+    """What is installed there, of the packages in `SHOWN`."""
+    code = f"import json; from importlib.metadata import version; print(json.dumps([version(n) for n in {SHOWN!r}]))"
+    output = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
+    return dict(zip(SHOWN, json.loads(output), strict=True))
+
+
+def music(python: Path | str) -> dict[str, str]:
+    """Digests by `music.py`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([python, HERE / "music.py"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise SystemExit(f"music.py ended with {run.returncode} in {python}")
+    return json.loads(run.stdout)
+
+
+def tests(python: Path, processes: int) -> dict[str, int]:
+    """Runs `TESTS`; how many passed, failed and were skipped."""
+    command = [python, "-m", "pytest", "-n", str(processes), "--dist", "loadgroup", "-p", "no:cacheprovider", "-v"]
+    run = subprocess.Popen(
+        [*command, "--no-header", "-o", "console_output_style=classic", *TESTS],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in run.stdout:
+        if re.match(r"(FAILED|ERROR|E  )", line) or line.startswith("="):
+            print(line, end="", flush=True)
+        lines.append(line)
+    code, summary = run.wait(), lines[-1] if lines else ""
+    counts = {
+        kind: sum(map(int, re.findall(rf"(\d+) {kind}", summary))) for kind in ("passed", "failed", "skipped", "error")
+    }
+    if code not in (0, 1) or not counts["passed"]:
+        raise SystemExit(f"pytest ended with {code} in {python}: {''.join(lines[-20:])}")
+    return counts
+
+
+def table(found: dict[str, dict]) -> str:
+    """docs/versions.md: what was run, and what pyproject.toml admits for it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    names = list(found)
+    lines = [
+        "# Versions",
+        "",
+        "What pyproject.toml admits, and so the `requirements.txt` of every exported repository, is what was run.",
+        "`make test-versions` runs it again and writes this page; `.ci/run` runs the column `transformers`.",
+        "",
+        f"| package | admitted | {' | '.join(names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    for package in SHOWN:
+        admitted = re.search(rf'"{package}([=<>][^"]*)"', text)
+        cells = [found[name]["versions"][package] for name in names]
+        lines.append(f"| {package} | `{admitted[1]}` | {' | '.join(cells)} |")
+    passed = [f"{found[name]['tests']['passed']:,}" for name in names]
+    skipped = [str(found[name]["tests"]["skipped"]) for name in names]
+    same = [found[name]["music"] for name in names]
+    lines += [
+        f"| tests passed | | {' | '.join(passed)} |",
+        f"| tests skipped | | {' | '.join(skipped)} |",
+        f"| music, bytes against `constraints.txt` | | {' | '.join(same)} |",
+        "",
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, on the CPU; run on "
+        f"{datetime.now(UTC):%Y-%m-%d}. The tests are those of generation, caches, remote code, `Trainer`, adapters,",
+        "pipelines, the endpoint and the Space (`TESTS` in `tests/versions/run.py`). Music is 24 pieces by the command",
+        "line, the stream, the pipeline, the endpoint and plain `generate()`, both families, from fixed seeds",
+        "(`tests/versions/music.py`). PyTorch's sums may differ in their last digit from version to version, and a",
+        "sampled token with them.",
+        "",
+        "Not run: GPUs, other operating systems, other processors than x86-64.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "versions", help="of the environments")
+    parser.add_argument("--processes", type=int, default=2, help="of pytest (default: %(default)s)")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the table of versions (all sets only)")
+    args = parser.parse_args()
+    unknown = [name for name in args.sets if name not in SETS]
+    if unknown:
+        parser.error(f"no set of versions is called {unknown[0]}: {', '.join(SETS)}")
+    if args.write and args.sets:
+        parser.error("--write needs all sets: name none")
+    own, found, wrong = None, {}, []
+    for name in args.sets or SETS:
+        python = environment(name, args.folder / name)
+        installed = versions(python)
+        print(f"== {name}: {', '.join(f'{package} {version}' for package, version in installed.items())}", flush=True)
+        counts = tests(python, args.processes)
+        own = music(sys.executable) if own is None else own
+        there = music(python)
+        different = [piece for piece in own if own[piece] != there.get(piece)]
+        same_torch = installed["torch"].split("+")[0] == metadata.version("torch").split("+")[0]
+        said = f"{len(own) - len(different)} of {len(own)} equal"
+        print(
+            f"{name}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; music: {said}"
+        )
+        if counts["failed"] or counts["error"] or (different and same_torch):
+            wrong.append(name)
+            print(f"{name}: other music by {', '.join(different)}" if different else f"{name}: tests failed")
+        found[name] = {"versions": installed, "tests": counts, "music": said}
+    if args.write and not wrong:
+        args.write.write_text(table(found), encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
