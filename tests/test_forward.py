@@ -103,6 +103,18 @@ def test_every_pass_is_fed_the_new_tokens_alone_and_has_seen_all_others(tokenize
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_guidance_has_a_cache_of_its_own(tokenizer, family):
+    """`guidance_scale` runs the model a second time for every token, without the prompt; its cache is named, too."""
+    model, ids = made(family, tokenizer)
+    if family == "perceivers":
+        model.generation_config.refill_length = model.config.num_latents  # what a model without a cache computes
+    options = {**GREEDY, "guidance_scale": 1.5, "negative_prompt_ids": ids[:, :1]}
+    guided = model.generate(ids, **options)
+    assert torch.equal(guided, model.generate(ids, **options, use_cache=False))
+    assert not torch.equal(guided, model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_is_used_under_either_name(tokenizer, family):
     model, ids = made(family, tokenizer)
     with torch.no_grad():

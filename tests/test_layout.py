@@ -64,6 +64,10 @@ def source(path: str, name: str) -> str:
             ("perceivers/layers_perceivers.py", "PerceiverSRMSNorm"),
         ],
         [("sage_music/cache_sage_music.py", "GrowingLayer"), ("perceivers/cache_perceivers.py", "GrowingLayer")],
+        *(
+            [(f"{family}/arguments_{family}.py", name) for family in ("sage_music", "perceivers")]
+            for name in ("check_arguments", "one_cache", "rename_cache", "check_flex_attention", "warn_untested")
+        ),
     ],
     ids=lambda twins: twins[0][1],
 )
