@@ -275,7 +275,6 @@ def test_checkpointing_and_a_cache_are_not_mixed(tokenizer, family):
 def test_evaluation_hands_no_cache_to_the_metrics(tokenizer, family, tmp_path):
     """`Trainer.predict` collects every output that the config does not list: tensors, not caches."""
     model, ids = made(family, tokenizer)
-    model.config.use_cache = True
     rows = [{"input_ids": row, "labels": row} for row in ids[:, -8:]]
     seen = []
     trainer = Trainer(
@@ -284,6 +283,7 @@ def test_evaluation_hands_no_cache_to_the_metrics(tokenizer, family, tmp_path):
         eval_dataset=rows,
         compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
     )
+    model.config.use_cache = True  # Trainer sets what its own arguments say
     assert trainer.evaluate()["eval_loss"] > 0
     assert seen[0].shape == (2, 8, model.config.vocab_size)
 
