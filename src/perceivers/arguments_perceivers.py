@@ -1,6 +1,6 @@
 """What Transformers hands to a forward pass, version by version: the cache's name, and the arguments there are.
 
-The same in both families: a Hub file cannot import from another one.
+Its functions are the same in both families: a Hub file cannot import from another family's.
 """
 
 import warnings
@@ -13,22 +13,13 @@ from transformers.utils.versions import require_version
 # What the test suite passes with (`make test-versions`); pyproject.toml and exported requirements say the same.
 TESTED_VERSIONS = ("transformers>=5.23,<5.25", "torch>=2.9.1,<2.16")
 # The name of the cache in `generate()`, in a model's outputs and in the library's own functions.
-CACHE_NAMES = ("cache", "past_key_values")  # from 5.24 on, and before
-CACHE_NAME = CACHE_NAMES["cache" not in {field.name for field in fields(CausalLMOutputWithPast)}]
+CACHE_NAMES = NEW, OLD = "cache", "past_key_values"  # from 5.24 on, and before
+CACHE_NAME = NEW if any(field.name == NEW for field in fields(CausalLMOutputWithPast)) else OLD
 
 # Arguments that callers pass to any model. Decorators and the loss read them, which is why a forward pass names them
 # here and not in its signature.
 PASSED_THROUGH = frozenset(
-    (
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "output_cross_attentions",
-        "debug_io",
-        "debug_io_dir",
-        "prune_layers",
-        "num_items_in_batch",
-    )
+    ("return_dict", "output_attentions", "output_hidden_states", "output_cross_attentions", "num_items_in_batch")
 )
 
 
