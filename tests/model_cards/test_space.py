@@ -246,7 +246,7 @@ def test_an_example_is_continued_before_the_visitors_eyes(visit, space):
             const audio = document.querySelector("#result audio");
             audio.muted = true;
             await audio.play();
-            await new Promise((resolve) => setTimeout(resolve, 600));
+            while (audio.currentTime < 0.2) await new Promise((resolve) => setTimeout(resolve, 50));
             audio.pause();
             return [audio.duration, audio.currentTime, document.querySelector("#roll .playhead").style.left];
         }"""
