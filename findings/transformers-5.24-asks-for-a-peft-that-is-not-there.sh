@@ -9,6 +9,7 @@
 #   5.24.0: load_adapter works, active_adapters ValueError, disable_adapters ValueError, save_pretrained ValueError
 # Ends with 1 if that changes.
 set -euo pipefail
+trap 'echo "not run to its end: see above" >&2; exit 2' ERR
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"
 cat >adapter.py <<'PYTHON'
 import torch
@@ -39,13 +40,13 @@ for name, call in (
 print(f"{transformers.__version__}: {', '.join(said)}")
 PYTHON
 python3 -m venv .venv
-.venv/bin/pip install -q torch==2.13.0 2>pip.log
-.venv/bin/pip install -q transformers==5.23.0 peft==0.21.2 2>>pip.log
+.venv/bin/pip install -q torch==2.13.0
+.venv/bin/pip install -q transformers==5.23.0 peft==0.21.2
 for version in 5.23.0 5.24.0; do
-    .venv/bin/pip install -q "transformers==$version" 2>>pip.log
+    .venv/bin/pip install -q "transformers==$version"
     .venv/bin/python adapter.py 2>/dev/null | tee -a seen
 done
-diff seen - <<'SEEN'
+diff seen - <<'SEEN' || exit 1
 5.23.0: load_adapter works, active_adapters works, disable_adapters works, save_pretrained works
 5.24.0: load_adapter works, active_adapters ValueError, disable_adapters ValueError, save_pretrained ValueError
 SEEN

@@ -11,6 +11,7 @@
 #   5.24.0: cached and uncached tokens differ, warnings: 0
 # Ends with 1 if that changes.
 set -euo pipefail
+trap 'echo "not run to its end: see above" >&2; exit 2' ERR
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"
 cat >model.py <<'PYTHON'
 import warnings
@@ -69,12 +70,12 @@ else:
     print(f"{transformers.__version__}: cached and uncached tokens differ, warnings: {len(caught)}")
 PYTHON
 python3 -m venv .venv
-.venv/bin/pip install -q torch==2.13.0 2>pip.log
+.venv/bin/pip install -q torch==2.13.0
 for version in 5.23.0 5.24.0; do
-    .venv/bin/pip install -q "transformers==$version" 2>>pip.log
+    .venv/bin/pip install -q "transformers==$version"
     .venv/bin/python model.py 2>/dev/null | tee -a seen
 done
-diff seen - <<'SEEN'
+diff seen - <<'SEEN' || exit 1
 5.23.0: cached and uncached tokens are the same
 5.24.0: cached and uncached tokens differ, warnings: 0
 SEEN

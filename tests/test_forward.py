@@ -14,7 +14,14 @@ import sage_music.arguments_sage_music
 from notekit.experiments.compound import CompoundMusicForCausalLM
 from perceivers import PerceiverSCache
 from sage_music import SageMusicCache
-from sage_music.arguments_sage_music import CACHE_NAME, CACHE_NAMES, warn_untested
+from sage_music.arguments_sage_music import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    PACKING,
+    PASSED_TO_ATTENTION,
+    PASSED_WITH_PAGES,
+    warn_untested,
+)
 
 FAMILIES = ("sage_music", "perceivers")
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
@@ -151,8 +158,11 @@ def test_two_caches_and_what_is_none_are_refused(tokenizer, family):
     for target in (model, model.model):
         with pytest.raises(ValueError, match="two names for one cache"):
             target(ids, cache=one, past_key_values=other)
-        with pytest.raises(ValueError, match="the cache is a tuple"):
-            target(ids, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+        for none in (((torch.zeros(1), torch.zeros(1)),), {}, set()):
+            with pytest.raises(ValueError, match=f"the cache is a {type(none).__name__}"):
+                target(ids, past_key_values=none)
+    with pytest.raises(ValueError, match="two names for one cache"):
+        model.generate(ids, cache=one, past_key_values=other)
     assert one.get_seq_length() == other.get_seq_length() == 0
 
 
@@ -167,6 +177,50 @@ def test_a_foreign_cache_is_refused_under_either_name(tokenizer, family, name):
         with pytest.raises(ValueError, match=type(foreign).__name__):
             model.generate(ids, **GREEDY, **{name: foreign})
         assert foreign.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_of_another_routing_or_family_is_refused(tokenizer, name):
+    head, token, performer = tiny_model(tokenizer), tiny_model(tokenizer, "token"), tiny_perceivers()
+    ids = torch.full((1, 6), 1)
+    for model, other in ((token, head), (token, performer), (head, token), (head, performer), (performer, head)):
+        with pytest.raises(ValueError, match="Cache"):
+            model(ids, **{name: new_cache(other)})
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_and_none_at_once_is_refused(tokenizer, family, name):
+    """Otherwise the whole sequence would go into the cache again with every token."""
+    model, ids = made(family, tokenizer)
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(ids[:, :-1], cache=cache)
+    with pytest.raises(ValueError, match="a cache was given, and use_cache=False"):
+        model.generate(ids, **GREEDY, use_cache=False, **{name: cache})
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_tunes_prompts(tokenizer, family, kind):
+    """PEFT looks for the cache under its older name; where it finds none, it begins anew with every token."""
+    peft = pytest.importorskip("peft")
+    model, ids = made(family, tokenizer)
+    if family == "sage_music":
+        model = tiny_model(tokenizer, "mha").double()
+    elif kind == "prefix":
+        pytest.skip("a PerceiverS has no keys and values a layer to put before the prompt's")
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3)).double().eval()
+    passes = Passes(model)
+    model.generation_config.update(eos_token_id=None)
+    out = tuned.generate(input_ids=ids[:1, :20], attention_mask=torch.ones(1, 20, dtype=torch.long), **GREEDY)
+    assert out.shape[1] == 32
+    if kind == "prompt":
+        assert passes.counts == [(23, 0), *((1, 23 + i) for i in range(11))]
+    else:
+        assert passes.counts == [(20, 3), *((1, 23 + i) for i in range(11))]
 
 
 def every_model(tokenizer):
@@ -198,7 +252,6 @@ def test_a_decode_step_swallows_nothing_either(tokenizer):
 
 
 def test_what_reads_an_argument_gets_it(tokenizer):
-    """The known list holds nothing that a model only looks away from."""
     ids = torch.full((2, 6), 1)
     for model in every_model(tokenizer):
         model.set_attn_implementation("eager")
@@ -208,9 +261,59 @@ def test_what_reads_an_argument_gets_it(tokenizer):
     model = tiny_model(tokenizer, "head")
     one, half = (model(ids, labels=ids, num_items_in_batch=count).loss for count in (10, 20))
     torch.testing.assert_close(one, 2 * half)
-    for name in ("head", "token"):
-        with pytest.raises(ValueError, match="cu_seq_lens_q without position_ids"):
-            tiny_model(tokenizer, name)(ids, cu_seq_lens_q=torch.tensor([0, 6, 12]))
+    shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
+    given = model(ids, labels=ids, shift_labels=shifted).loss
+    torch.testing.assert_close(given, model(ids, labels=ids).loss)
+    performer = tiny_perceivers()
+    performer.set_attn_implementation("eager")
+    for target in (performer, performer.model):
+        assert len(target(ids, output_attentions=True).cross_attentions) == 2
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_packed_rows_need_positions(tokenizer, name):
+    ids, lengths = torch.full((2, 6), 1), torch.tensor([0, 6, 12])
+    for routing in ("head", "token"):
+        model = tiny_model(tokenizer, routing)
+        for target in (model, model.model):
+            with pytest.raises(ValueError, match=f"{name} without position_ids"):
+                target(ids, **{name: lengths})
+    model, ids = made("sage_music", tokenizer)
+    cache = getattr(model.generate(ids, **GREEDY, return_dict_in_generate=True), CACHE_NAME)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{name} without position_ids"):
+        model(ids[:, :1], cache=cache, **{name: lengths})  # not by the decode step either
+
+
+def test_a_page_table_needs_pages(tokenizer):
+    for name in PASSED_WITH_PAGES - PASSED_TO_ATTENTION:
+        with pytest.raises(TypeError, match=f"'{name}'"):
+            tiny_model(tokenizer, "token")(torch.full((2, 6), 1), **{name: torch.zeros(1)})
+
+
+def test_perceivers_take_one_piece_a_row(tokenizer):
+    model, ids = made("perceivers", tokenizer)
+    positions = torch.arange(20).repeat(2)[None].expand(2, -1)
+    with pytest.raises(ValueError, match="one piece a row"):
+        model(ids, position_ids=positions)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    given = (mask.cumsum(-1) - 1).clamp(min=0)  # stands still in the padding
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, attention_mask=mask, position_ids=given).logits, model(ids, attention_mask=mask).logits
+        )
+        with pytest.raises(ValueError, match="num_latents is for passes without a cache"):
+            model(ids, use_cache=True, num_latents=3)
+
+
+def test_a_decode_step_reads_what_is_given(tokenizer):
+    model, ids = made("sage_music", tokenizer)
+    cache = getattr(model.generate(ids, **GREEDY, return_dict_in_generate=True), CACHE_NAME)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(ids[:, :1], inputs_embeds=model.get_input_embeddings()(ids[:, :1]), cache=cache)
+        model.config.output_hidden_states = True
+        assert len(model(ids[:, :1], cache=cache).hidden_states) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,9 +367,8 @@ def test_checkpointing_and_a_cache_are_not_mixed(tokenizer, family):
     model, ids = made(family, tokenizer)
     model.train().gradient_checkpointing_enable()
     assert getattr(model(ids, labels=ids), CACHE_NAME) is None
-    if family == "sage_music":
-        with pytest.raises(ValueError, match="gradient checkpointing"):
-            model(ids, labels=ids, cache=new_cache(model))
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(ids, labels=ids, cache=new_cache(model))
     with torch.no_grad():  # without gradients nothing is computed twice
         assert torch.equal(model.generate(ids, **GREEDY), model.eval().generate(ids, **GREEDY))
 
@@ -286,17 +388,40 @@ def test_evaluation_hands_no_cache_to_the_metrics(tokenizer, family, tmp_path):
     model.config.use_cache = True  # Trainer sets what its own arguments say
     assert trainer.evaluate()["eval_loss"] > 0
     assert seen[0].shape == (2, 8, model.config.vocab_size)
+    assert CACHE_NAME in model.config.keys_to_ignore_at_inference  # whoever asks PerceiverS for a cache there
 
 
 @pytest.mark.parametrize("module", [sage_music.arguments_sage_music, perceivers.arguments_perceivers])
 def test_only_an_untested_version_warns(module):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        module.warn_untested(("transformers>=5", "no-such-package>=1,<2"))
+        module.warn_untested(("transformers>=5,<6", "no_such_package>=1,<2"))
     installed = metadata.version("transformers")
     with pytest.warns(UserWarning, match=rf"tested with transformers>=4,<5, and .*{installed} is installed") as caught:
-        module.warn_untested(("transformers>=4,<5", "torch>=2"))
+        module.warn_untested(("transformers>=4,<5", "torch>=2,<3"))
     assert len(caught) == 1 and str(caught[0].message).count(". ") == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"),
+    [
+        ("5.23.0", False),
+        ("5.24.9", False),
+        ("5.24.1+cpu", False),
+        ("5.22.2", True),
+        ("5.25.0", True),
+        ("5.25.0.dev0", True),  # what a clone of the repository calls itself, after 5.24
+        ("5.25.0rc1", True),
+        ("6.0", True),
+        (None, True),  # a package without metadata
+    ],
+)
+def test_versions_count_by_their_release(monkeypatch, version, warns):
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_untested(("transformers>=5.23,<5.25",))
+    assert len(caught) == warns
 
 
 def test_a_model_is_built_with_a_warning_under_an_untested_version(tokenizer, monkeypatch):
@@ -304,8 +429,8 @@ def test_a_model_is_built_with_a_warning_under_an_untested_version(tokenizer, mo
         ("sage_music.modeling_sage_music", lambda: tiny_model(tokenizer)),
         ("perceivers.modeling_perceivers", tiny_perceivers),
     ):
-        monkeypatch.setattr(f"{module}.warn_untested", lambda: warn_untested(("torch<1",)))
-        with pytest.warns(UserWarning, match="tested with torch<1"):
+        monkeypatch.setattr(f"{module}.warn_untested", lambda: warn_untested(("torch>=0,<1",)))
+        with pytest.warns(UserWarning, match="tested with torch>=0,<1"):
             build()
 
 

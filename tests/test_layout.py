@@ -66,7 +66,14 @@ def source(path: str, name: str) -> str:
         [("sage_music/cache_sage_music.py", "GrowingLayer"), ("perceivers/cache_perceivers.py", "GrowingLayer")],
         *(
             [(f"{family}/arguments_{family}.py", name) for family in ("sage_music", "perceivers")]
-            for name in ("check_arguments", "one_cache", "rename_cache", "check_flex_attention", "warn_untested")
+            for name in (
+                "check_arguments",
+                "one_cache",
+                "rename_cache",
+                "check_flex_attention",
+                "is_paged",
+                "warn_untested",
+            )
         ),
     ],
     ids=lambda twins: twins[0][1],

@@ -3,12 +3,13 @@
 Its functions are the same in both families: a Hub file cannot import from another family's.
 """
 
+import re
 import warnings
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError
+from importlib import metadata
 
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.versions import require_version
 
 # What the test suite passes with (`make test-versions`); pyproject.toml and exported requirements say the same.
 TESTED_VERSIONS = ("transformers>=5.23,<5.25", "torch>=2.9.1,<2.16")
@@ -18,9 +19,7 @@ CACHE_NAME = NEW if any(field.name == NEW for field in fields(CausalLMOutputWith
 
 # Arguments that callers pass to any model. Decorators and the loss read them, which is why a forward pass names them
 # here and not in its signature.
-PASSED_THROUGH = frozenset(
-    ("return_dict", "output_attentions", "output_hidden_states", "output_cross_attentions", "num_items_in_batch")
-)
+PASSED_THROUGH = frozenset(("return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch"))
 
 
 def check_arguments(model, given: dict, known: frozenset[str]) -> None:
@@ -48,7 +47,7 @@ def one_cache(cache, past_key_values):
         cache = past_key_values
     elif past_key_values is not None:
         raise ValueError("cache and past_key_values are two names for one cache: give one of them.")
-    if cache is not None and not hasattr(cache, "update"):
+    if cache is not None and not isinstance(cache, Cache) and not is_paged(cache):
         raise ValueError(f"the cache is a {type(cache).__name__}, not a Cache of Transformers.")
     return cache
 
@@ -58,6 +57,11 @@ def rename_cache(model_kwargs: dict) -> None:
     caches = [model_kwargs.pop(name, None) for name in CACHE_NAMES]
     if any(cache is not None for cache in caches):
         model_kwargs[CACHE_NAME] = one_cache(*caches)
+
+
+def is_paged(cache) -> bool:
+    """Whether this is continuous batching's cache, which holds pages of many requests and is no `Cache`."""
+    return cache is not None and not isinstance(cache, Cache) and hasattr(cache, "cache_allocators")
 
 
 def check_flex_attention(config, device) -> None:
@@ -74,19 +78,25 @@ def check_flex_attention(config, device) -> None:
 
 
 def warn_untested(versions: tuple[str, ...] = TESTED_VERSIONS) -> None:
-    """Warn, in one sentence, of an installed package that lies outside of the tested versions."""
+    """Warn, in one sentence, of an installed package that lies outside of the tested versions (`name>=A,<B`)."""
     for requirement in versions:
+        name, least, end = re.fullmatch(r"(\w+)>=([\d.]+),<([\d.]+)", requirement).groups()
         try:
-            require_version(requirement)
-        except PackageNotFoundError:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
-        except ImportError as error:
-            found = str(error).rpartition(" ")[2].strip().rstrip(".")
+        # By the release alone: 5.25.0.dev0 is no 5.24.
+        release = re.match(r"[\d.]*\d", found or "")
+        if release is None or not _numbers(least) <= _numbers(release[0]) < _numbers(end):
             warnings.warn(
-                f"this model was tested with {requirement}, and {found} is installed: check its results against a "
-                f"tested version (pip install '{requirement}').",
+                f"this model was tested with {requirement}, and {name} {found} is installed: check its results against "
+                f"a tested version (pip install '{requirement}').",
                 stacklevel=2,
             )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 __all__ = [
@@ -95,6 +105,7 @@ __all__ = [
     "TESTED_VERSIONS",
     "check_arguments",
     "check_flex_attention",
+    "is_paged",
     "one_cache",
     "rename_cache",
     "warn_untested",

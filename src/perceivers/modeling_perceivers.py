@@ -5,12 +5,14 @@ Perceiver AR (Hawthorne et al. 2022) with the multi-scale cross-attention of Per
 Shapes: B batch, T tokens given, n latents: the last min(N, T) positions, the only ones that are computed.
 """
 
+from functools import wraps
+
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -121,6 +123,10 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
         length = inputs_embeds.shape[1]
         if cache is None and use_cache:
             cache = PerceiverSCache(self.config)
+        if cache is not None and num_latents is not None:
+            raise ValueError("num_latents is for passes without a cache, whose windows decide how many there are.")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("gradient checkpointing computes layers twice, which a cache would count: give no cache.")
         if cache is not None and not hasattr(cache, "window_start"):
             raise ValueError(f"PerceiverS decodes with PerceiverSCache(model.config), not with {type(cache).__name__}.")
         seen = cache.get_seq_length() if cache is not None else 0
@@ -132,6 +138,14 @@ class PerceiverSModel(PerceiverSPreTrainedModel):
             elif seen:
                 last = cache.columns("positions", seen - 1, seen) - self.config.position_offset
                 position_ids = position_ids + last + 1
+        elif position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            turned = position_ids.diff(dim=-1) <= 0
+            if valid is not None:
+                turned = turned & valid[:, 1:] & valid[:, :-1]
+            if bool(turned.any()):
+                raise ValueError(
+                    "position_ids begin anew in the middle of a row: PerceiverS takes one piece a row, not packed ones."
+                )
         position_ids = position_ids + self.config.position_offset
         limit = self.config.max_position_embeddings
         if seen + length > limit and (cache is None or self.embed_positions is not None):
@@ -311,7 +325,7 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithCrossAttentions:
         """As `PerceiverSModel.forward`, with `labels` (B, T), aligned with the tokens as everywhere (-100: ignored).
 
         Returns logits (B, n, vocab_size) of the last n positions. With labels and T > N the last token is a target
@@ -347,13 +361,29 @@ class PerceiverSForCausalLM(PerceiverSPreTrainedModel, GenerationMixin):
             )
         # By position: the third is named by the version of Transformers.
         cache = getattr(outputs, CACHE_NAME)
-        return CausalLMOutputWithPast(loss, logits, cache, outputs.hidden_states, outputs.attentions)
+        found = outputs.hidden_states, outputs.attentions, outputs.get("cross_attentions")
+        return CausalLMOutputWithCrossAttentions(loss, logits, cache, *found)
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        rename_cache(kwargs)
+        return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As in Transformers. The cache goes by its older name, under which PEFT's prompt tuning looks for it."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        rename_cache(model_kwargs)
-        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
+        given = model_kwargs.get(CACHE_NAME) is not None
+        if given and generation_config.use_cache is False:
+            raise ValueError("a cache was given, and use_cache=False: leave one of them out.")
+        if given or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )

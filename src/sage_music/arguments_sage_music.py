@@ -3,13 +3,13 @@
 Its functions are the same in both families: a Hub file cannot import from another family's.
 """
 
+import re
 import warnings
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError
+from importlib import metadata
 
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.versions import require_version
 
 # What the test suite passes with (`make test-versions`); pyproject.toml and exported requirements say the same.
 TESTED_VERSIONS = ("transformers>=5.23,<5.25", "torch>=2.9.1,<2.16")
@@ -28,6 +28,8 @@ PASSED_THROUGH = frozenset(
         "debug_io_dir",
         "prune_layers",
         "num_items_in_batch",
+        "shift_labels",
+        "ignore_index",
         # Of collators that pack sequences; `position_ids` say the same, and all attention implementations read those.
         "seq_idx",
         "cu_seq_lens_q",
@@ -36,16 +38,17 @@ PASSED_THROUGH = frozenset(
         "max_length_k",
     )
 )
-# The same where attention runs by Transformers' interface: what that reads, under continuous batching and in vLLM.
-PASSED_TO_ATTENTION = PASSED_THROUGH | {
-    "is_causal",
-    "kernel_options",
+# Of those, what tells where packed sequences begin.
+PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# The same where attention runs by Transformers' interface, and an engine's in its place.
+PASSED_TO_ATTENTION = PASSED_THROUGH | {"is_causal", "kernel_options", "attention_instances"}
+# The same in continuous batching.
+PASSED_WITH_PAGES = PASSED_TO_ATTENTION | {
     "block_table",
     "read_index",
     "write_index",
     "logits_indices",
     "logits_processor_args",
-    "attention_instances",
 }
 
 
@@ -74,7 +77,7 @@ def one_cache(cache, past_key_values):
         cache = past_key_values
     elif past_key_values is not None:
         raise ValueError("cache and past_key_values are two names for one cache: give one of them.")
-    if cache is not None and not hasattr(cache, "update"):
+    if cache is not None and not isinstance(cache, Cache) and not is_paged(cache):
         raise ValueError(f"the cache is a {type(cache).__name__}, not a Cache of Transformers.")
     return cache
 
@@ -105,25 +108,33 @@ def check_flex_attention(config, device) -> None:
 
 
 def warn_untested(versions: tuple[str, ...] = TESTED_VERSIONS) -> None:
-    """Warn, in one sentence, of an installed package that lies outside of the tested versions."""
+    """Warn, in one sentence, of an installed package that lies outside of the tested versions (`name>=A,<B`)."""
     for requirement in versions:
+        name, least, end = re.fullmatch(r"(\w+)>=([\d.]+),<([\d.]+)", requirement).groups()
         try:
-            require_version(requirement)
-        except PackageNotFoundError:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
-        except ImportError as error:
-            found = str(error).rpartition(" ")[2].strip().rstrip(".")
+        # By the release alone: 5.25.0.dev0 is no 5.24.
+        release = re.match(r"[\d.]*\d", found or "")
+        if release is None or not _numbers(least) <= _numbers(release[0]) < _numbers(end):
             warnings.warn(
-                f"this model was tested with {requirement}, and {found} is installed: check its results against a "
-                f"tested version (pip install '{requirement}').",
+                f"this model was tested with {requirement}, and {name} {found} is installed: check its results against "
+                f"a tested version (pip install '{requirement}').",
                 stacklevel=2,
             )
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 __all__ = [
     "CACHE_NAME",
+    "PACKING",
     "PASSED_THROUGH",
     "PASSED_TO_ATTENTION",
+    "PASSED_WITH_PAGES",
     "TESTED_VERSIONS",
     "check_arguments",
     "check_flex_attention",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .arguments_sage_music import PACKING
 from .attention_sage_music import FEW_TOKENS, AttributePlan, norm_heads
 from .cache_sage_music import CompactLayer
 
@@ -177,7 +178,11 @@ class DecodeStep:
             and input_ids.shape[1] <= FEW_TOKENS
             and cache.lengths is not None
             and not torch.is_grad_enabled()
-            and not (kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
+            and not any(kwargs.get(name) is not None for name in PACKING)
+            and not any(
+                kwargs.get(name) or getattr(self.model.config, name, False)
+                for name in ("output_hidden_states", "output_attentions")
+            )
         )
 
     def __call__(self, input_ids, attention_mask, position_ids, cache) -> torch.Tensor:

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 from collections.abc import Callable
 from copy import copy
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .arguments_sage_music import (
     CACHE_NAME,
+    PACKING,
     PASSED_THROUGH,
     PASSED_TO_ATTENTION,
+    PASSED_WITH_PAGES,
     check_arguments,
     check_flex_attention,
     is_paged,
@@ -242,14 +245,10 @@ class SageMusicModel(SageMusicPreTrainedModel):
                 beside gradient checkpointing, a mask that is not 2D under `kv_routing="head"`, packed rows with an
                 attention_mask, or lengths of packed sequences without position_ids.
         """
-        check_arguments(self, kwargs, PASSED_THROUGH if self.config.kv_routing == "head" else PASSED_TO_ATTENTION)
         cache = one_cache(cache, past_key_values)
+        self._check_arguments(kwargs, cache, position_ids)
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError("gradient checkpointing computes layers twice, which a cache would count: give no cache.")
-        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError(
-                "cu_seq_lens_q without position_ids: packed rows need those, starting anew in each sequence."
-            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if input_ids is not None:
@@ -268,17 +267,37 @@ class SageMusicModel(SageMusicPreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(attention_mask, seen, length, inputs_embeds.device)
 
-        if cache is not None and self.config.kv_routing == "head" and not hasattr(cache, "route"):
-            raise ValueError(
-                f"kv_routing='head' keeps a cache compacted by attribute: pass SageMusicCache(model.config) or no "
-                f"cache, not {type(cache).__name__}."
-            )
         plan = self._plan(input_ids, attribute_ids, inputs_embeds, attention_mask, position_ids, past, sequences)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, plan, position_embeddings, cache=cache, **kwargs)
         return BaseModelOutputWithPast(self.norm(hidden_states), cache)
+
+    def _check_arguments(self, given: dict, cache, position_ids) -> None:
+        """Refuse what this model would not read: arguments, and caches of another kind."""
+        routing = self.config.kv_routing
+        if routing == "head":
+            # Attention is causal in any case: a config may say so.
+            known = PASSED_THROUGH | {"is_causal"} if given.get("is_causal") else PASSED_THROUGH
+        else:
+            known = PASSED_WITH_PAGES if is_paged(cache) else PASSED_TO_ATTENTION
+        check_arguments(self, given, known)
+        packing = [name for name in PACKING if given.get(name) is not None]
+        if packing and position_ids is None:
+            raise ValueError(f"{packing[0]} without position_ids: packed rows need positions that begin anew.")
+        if cache is None:
+            return
+        if routing == "head" and not getattr(cache, "routed", False):
+            raise ValueError(
+                f"kv_routing='head' keeps a cache compacted by attribute: pass SageMusicCache(model.config) or no "
+                f"cache, not {type(cache).__name__}."
+            )
+        if routing != "head" and (getattr(cache, "routed", False) or hasattr(cache, "window_start")):
+            raise ValueError(
+                f"kv_routing={routing!r} keeps keys and values in token order: pass SageMusicCache(model.config), a "
+                f"cache of Transformers' own, or none, not a {type(cache).__name__} of another model."
+            )
 
     @staticmethod
     def _positions(attention_mask, seen, length: int, device) -> torch.LongTensor:
@@ -391,7 +410,7 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
         """
         cache = one_cache(cache, past_key_values)
         step = getattr(cache, "step", None)
-        if step is not None and labels is None and step.takes(input_ids, cache, kwargs):
+        if step is not None and labels is None and inputs_embeds is None and step.takes(input_ids, cache, kwargs):
             check_arguments(self, kwargs, PASSED_THROUGH)
             hidden_states = step(input_ids, attention_mask, position_ids, cache)
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
@@ -436,12 +455,26 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
             return DraftCandidateGenerator(self, generation_config, kwargs["logits_processor"])
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        rename_cache(kwargs)
+        return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As in Transformers. The cache goes by its older name, under which PEFT's prompt tuning looks for it."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         implementation = generation_config.cache_implementation
-        rename_cache(model_kwargs)
         given = model_kwargs.get(CACHE_NAME) is not None
+        if given and generation_config.use_cache is False:
+            raise ValueError("a cache was given, and use_cache=False: leave one of them out.")
         if (
             given
             or generation_config.use_cache is False

@@ -66,7 +66,7 @@ def test_a_batch_of_requests_gets_the_tokens_of_each_alone(tokenizer, pieces, ro
 
 
 def test_every_token_of_a_request_is_fed_once(tokenizer, pieces):
-    """Pages that were not read, or not written, would show as other music only."""
+    """No token twice, none left out; what the pages hold shows in the tokens, which other tests compare."""
     model = tiny_model(tokenizer, "token").double()
     fed = []
     count = model.register_forward_pre_hook(
