@@ -11,7 +11,7 @@
 #   heads of 16 channels, 88 tokens: wrong
 #   heads of 16 channels, 64 tokens: right
 #   heads of 64 channels, 88 tokens: right
-# Ends with 1 if that changes.
+# Ends with 1 if that changes, with 2 if it could not be run.
 set -euo pipefail
 trap 'echo "not run to its end: see above" >&2; exit 2' ERR
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"

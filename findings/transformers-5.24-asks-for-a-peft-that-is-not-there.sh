@@ -7,7 +7,7 @@
 # Versions: transformers 5.23.0 and 5.24.0, peft 0.21.2, torch 2.13.0, Python 3.11; run on 2026-12-01. Output seen:
 #   5.23.0: load_adapter works, active_adapters works, disable_adapters works, save_pretrained works
 #   5.24.0: load_adapter works, active_adapters ValueError, disable_adapters ValueError, save_pretrained ValueError
-# Ends with 1 if that changes.
+# Ends with 1 if that changes, with 2 if it could not be run.
 set -euo pipefail
 trap 'echo "not run to its end: see above" >&2; exit 2' ERR
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"

@@ -9,7 +9,7 @@
 # Versions: transformers 5.23.0 and 5.24.0, torch 2.13.0, Python 3.11; run on 2026-12-01. Output seen:
 #   5.23.0: cached and uncached tokens are the same
 #   5.24.0: cached and uncached tokens differ, warnings: 0
-# Ends with 1 if that changes.
+# Ends with 1 if that changes, with 2 if it could not be run.
 set -euo pipefail
 trap 'echo "not run to its end: see above" >&2; exit 2' ERR
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"
