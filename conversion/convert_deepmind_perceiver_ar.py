@@ -32,17 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversion.perceiver_ar import build, report, save, size, stack
-from conversion.weights import (
-    ConversionError,
-    check_output,
-    count,
-    halves_from_pairs,
-    load_state,
-    remap,
-    run_command,
-)
 from perceivers import PerceiverSForCausalLM
+
+from .perceiver_ar import build, report, save, size, stack
+from .weights import ConversionError, check_output, count, halves_from_pairs, load_state, remap, run_command
 
 ROOT = "perceiver_ar/~"
 CROSS, LAYER = f"{ROOT}/cross_attention_0", f"{ROOT}/self_attention_{{i}}"

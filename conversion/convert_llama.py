@@ -26,18 +26,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conversion.provenance import carry
-from conversion.weights import (
-    ConversionError,
-    check_output,
-    load_into,
-    load_state,
-    new_folder,
-    read_json,
-    remap,
-    run_command,
-)
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
+from sage_studio.publishing.licences import carry
+
+from .weights import ConversionError, check_output, load_into, load_state, new_folder, read_json, remap, run_command
 
 LAYER, ATTENTION, MLP = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
 

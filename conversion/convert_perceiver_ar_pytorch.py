@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.perceiver_ar import build, no_bias, report, save, size, tokenizer_for
-from conversion.weights import ConversionError, check_output, count, load_state, remap, run_command, strip_prefix
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
+
+from .perceiver_ar import build, no_bias, report, save, size, tokenizer_for
+from .weights import ConversionError, check_output, count, load_state, remap, run_command, strip_prefix
 
 CROSS, LAYER = "perceive_layers.{c}", "layers.{i}"
 WEIGHTS = {

@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.perceiver_ar import build, no_bias, read_config, report, save, size, stack, tokenizer_for
-from conversion.weights import (
+from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
+
+from .perceiver_ar import build, no_bias, read_config, report, save, size, stack, tokenizer_for
+from .weights import (
     ConversionError,
     check_output,
     count,
@@ -33,7 +35,6 @@ from conversion.weights import (
     run_command,
     strip_prefix,
 )
-from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 
 CROSS, LAYER = "cross_attention", "self_attention.{i}"
 WEIGHTS = {

@@ -37,9 +37,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from conversion.convert_to_llama import HEAD, load_llama
-from conversion.provenance import license_of
-from conversion.weights import ConversionError, run_command
+from sage_studio.publishing.licences import license_of
+
+from .convert_to_llama import HEAD, load_llama
+from .weights import ConversionError, run_command
 
 try:
     import gguf
@@ -62,7 +63,7 @@ def convert(checkpoint, output, dtype: str = "float32", name: str | None = None)
     """Write a checkpoint with one attribute as one GGUF file, whole or not at all; returns the Llama that is in it.
 
     Args:
-        checkpoint: what `notekit.checkpoint.load` takes.
+        checkpoint: what `sage_studio.checkpoints.load` takes.
         output: the file, which must not exist.
         dtype: of the matrices, one of `DTYPES`. "q8_0" has a scale for each 32 channels of a row; matrices whose rows
             are no multiple of that long are stored in float16.
@@ -72,8 +73,8 @@ def convert(checkpoint, output, dtype: str = "float32", name: str | None = None)
         ConversionError: the `gguf` package is missing, `output` exists, a model that is no Llama or that llama.cpp's
             Llama cannot be (see `convert_to_llama.convert`; another activation than SiLU, rotary positions that change
             with the length), or weights that float16 does not hold.
-        notekit.checkpoint.CheckpointError: the checkpoint does not load.
-        conversion.provenance.ExportError: its card is damaged.
+        sage_studio.checkpoints.CheckpointError: the checkpoint does not load.
+        sage_studio.publishing.licences.ExportError: its card is damaged.
     """
     if gguf is None:
         raise ConversionError("the gguf package is missing: pip install gguf")

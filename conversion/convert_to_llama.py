@@ -20,11 +20,12 @@ import warnings
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from conversion.convert_llama import ATTENTION, HEAD, OPTIONAL_WEIGHTS, SHARED_FIELDS, WEIGHTS
-from conversion.provenance import carry
-from conversion.weights import ConversionError, check_output, load_into, new_folder, remap, run_command
-from notekit.checkpoint import load
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
+from sage_studio.checkpoints import load
+from sage_studio.publishing.licences import carry
+
+from .convert_llama import ATTENTION, HEAD, OPTIONAL_WEIGHTS, SHARED_FIELDS, WEIGHTS
+from .weights import ConversionError, check_output, load_into, new_folder, remap, run_command
 
 KV = ATTENTION + "kv_weight"
 
@@ -54,14 +55,14 @@ def convert(checkpoint, output=None) -> LlamaForCausalLM:
     """The Llama of a checkpoint with one attribute, in evaluation mode.
 
     Args:
-        checkpoint: what `notekit.checkpoint.load` takes.
+        checkpoint: what `sage_studio.checkpoints.load` takes.
         output: an empty or a new folder to save it in, with its generation config, MidiTok's `miditok.json`, and the
             license and notice of the checkpoint.
 
     Raises:
         ConversionError: several attributes, norms of queries and keys, a width that is no multiple of the heads, or an
             output folder that is not empty.
-        notekit.checkpoint.CheckpointError: the checkpoint does not load.
+        sage_studio.checkpoints.CheckpointError: the checkpoint does not load.
     """
     if output is not None:
         check_output(output)

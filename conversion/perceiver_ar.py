@@ -9,9 +9,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import logging
 
-from conversion.provenance import carry
-from conversion.weights import ConversionError, load_into, new_folder, read_json
 from perceivers import PerceiverSConfig, PerceiverSForCausalLM, PerceiverSTokenizer
+from sage_studio.publishing.licences import carry
+
+from .weights import ConversionError, load_into, new_folder, read_json
 
 # Performance events are 388 ids in every vocabulary here; what comes after them tells the vocabularies apart. The first
 # two are written by one MIDI processor (Yang Kichang's midi-neural-processor), which rounds time differences one by

@@ -20,14 +20,15 @@ import sys
 import warnings
 from pathlib import Path
 
-from conversion.convert_llama import KINDS, POOLINGS, convert, pool_heads
-from conversion.provenance import carry
-from conversion.weights import ConversionError, read_json, run_command
-from notekit.checkpoint import load
-from notekit.midi import write_atomic
-from notekit.train.arguments import parse
-from notekit.train.command import main as train
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
+from sage_studio.checkpoints import load
+from sage_studio.files import write_atomic
+from sage_studio.publishing.licences import carry
+from sage_studio.train.arguments import parse
+from sage_studio.train.command import main as train
+
+from .convert_llama import KINDS, POOLINGS, convert, pool_heads
+from .weights import ConversionError, read_json, run_command
 
 # What the options say, not this command: how long to train, on which model, and where to.
 TAKEN = ("--max_steps", "--num_train_epochs", "--model", "--output", "--output_dir")
@@ -37,10 +38,10 @@ RECORD = "pooled_from.json"
 
 
 def read_source(source) -> tuple[SageMusicForCausalLM, SageMusicTokenizer]:
-    """Model and tokenizer of a SAGE-Music checkpoint (any name that `notekit.checkpoint.load` takes) or a Llama's.
+    """Model and tokenizer of a SAGE-Music checkpoint (any name that `sage_studio.checkpoints.load` takes) or a Llama's.
 
     Raises:
-        ConversionError, notekit.checkpoint.CheckpointError: it is neither.
+        ConversionError, sage_studio.checkpoints.CheckpointError: it is neither.
     """
     kind = str(read_json(Path(source) / "config.json").get("model_type"))
     model, tokenizer = convert(source) if kind in KINDS else load(source)
@@ -66,8 +67,8 @@ def pool(source, output, routing: str, kv_heads: int = 1, pooling: str = "mean")
     One that is there already stays as it is: the run in `output` began from it.
 
     Raises:
-        ConversionError, notekit.checkpoint.CheckpointError: as `read_source` and `pool_heads`; or `output/pooled` was
-            made of another model, or with other arguments.
+        ConversionError, sage_studio.checkpoints.CheckpointError: as `read_source` and `pool_heads`; or `output/pooled`
+            was made of another model, or with other arguments.
     """
     model, tokenizer = read_source(source)
     model, folder = model.float(), Path(output) / "pooled"

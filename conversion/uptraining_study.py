@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.convert_to_llama import convert as convert_out
-from conversion.uptrain import pool, steps_of, uptrain
-from conversion.weights import ConversionError, run_command
-from notekit.bench import machine, machine_line, markdown
-from notekit.checkpoint import load
-from notekit.evaluate.likelihood import evaluate_likelihood, linearised
-from notekit.midi import write_atomic
+from sage_studio.bench.decoding import machine, machine_line, markdown
+from sage_studio.checkpoints import load
+from sage_studio.evaluate.likelihood import evaluate_likelihood, linearised
+from sage_studio.files import write_atomic
+
+from .convert_to_llama import convert as convert_out
+from .uptrain import pool, steps_of, uptrain
+from .weights import ConversionError, run_command
 
 CONTROL = "full heads, trained on"
 # Name -> routing, key-value heads of an attribute (None: the original's), pooling.

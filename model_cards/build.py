@@ -19,10 +19,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-from notekit import MAX_NOTE_SECONDS
-from notekit.experiments import STUDIES
-from notekit.metrics.sets import FEATURES
-from notekit.midi import write_atomic
+from sage_studio.defaults import MAX_NOTE_SECONDS
+from sage_studio.experiments import STUDIES
+from sage_studio.files import write_atomic
+from sage_studio.metrics.sets import FEATURES
 
 from .facts import CARDS, HERE, CardError, Checkpoint, claims, read_checkpoint, read_results, row_of
 from .metadata import metadata

@@ -132,7 +132,7 @@ def claims(result: dict, study, arms: Sequence[str] | None = None) -> list[dict]
     """The source paper's figures beside ours: dicts of `arm`, `measure`, `paper`, `here`.
 
     Args:
-        result: a results file of `study`, one of `notekit.experiments.STUDIES`.
+        result: a results file of `study`, one of `sage_studio.experiments.STUDIES`.
         arms: those to give, all by default.
 
     Raises:

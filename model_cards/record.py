@@ -12,8 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from notekit.evaluate.systems import find_systems
-from notekit.midi import write_atomic
+from sage_studio.evaluate.systems import find_systems
+from sage_studio.files import write_atomic
 
 from .facts import CARDS, HERE, CardError, read_checkpoint
 

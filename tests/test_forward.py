@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache
 
 import perceivers.arguments_perceivers
 import sage_music.arguments_sage_music
-from notekit.experiments.compound import CompoundMusicForCausalLM
 from perceivers import PerceiverSCache
 from sage_music import SageMusicCache
 from sage_music.arguments_sage_music import (
@@ -22,6 +21,7 @@ from sage_music.arguments_sage_music import (
     PASSED_WITH_PAGES,
     warn_untested,
 )
+from sage_studio.experiments.compound import CompoundMusicForCausalLM
 
 FAMILIES = ("sage_music", "perceivers")
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}

@@ -1,4 +1,4 @@
-"""The import rules that keep Hub files loadable alone and notekit's plain modules free of torch."""
+"""The import rules that keep Hub files loadable alone and sage_studio's plain modules free of torch."""
 
 import ast
 import importlib
@@ -35,12 +35,23 @@ def test_hub_files_import_only_what_a_hub_checkpoint_has(path):
             assert module.split(".")[0] in allowed, module
 
 
-PLAIN = ("notes", "midi", "render", "corpus", "metrics", "prepare", "evaluate", "experiments")
+PLAIN = (
+    "errors",
+    "files",
+    "defaults",
+    "music.midi",
+    "music.render",
+    "corpus",
+    "corpus.command",
+    "metrics",
+    "evaluate",
+    "experiments",
+)
 
 
 @pytest.mark.parametrize("module", PLAIN)
 def test_plain_modules_import_no_torch(module):
-    code = f"import sys, notekit.{module}; assert 'torch' not in sys.modules"
+    code = f"import sys, sage_studio.{module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -55,7 +66,7 @@ def source(path: str, name: str) -> str:
     "twins",
     [
         [
-            ("notekit/midi.py", "midi_damage"),
+            ("sage_studio/music/midi.py", "midi_damage"),
             ("sage_music/tokenization_sage_music.py", "midi_damage"),
             ("perceivers/tokenization_perceivers.py", "midi_damage"),
         ],
@@ -79,7 +90,7 @@ def source(path: str, name: str) -> str:
     ids=lambda twins: twins[0][1],
 )
 def test_twins_are_equal(twins):
-    """A Hub file cannot import another family or notekit: what both need is written twice, and must stay equal."""
+    """A Hub file cannot import another family or sage_studio: what both need is written twice, and must stay equal."""
     first, *others = [source(*twin) for twin in twins]
     assert all(other == first for other in others)
 
@@ -96,7 +107,7 @@ FAMILIES = {
 }
 REMOTE = """
 import sys
-for name in ("sage_music", "perceivers", "notekit"):
+for name in ("sage_music", "perceivers", "sage_studio"):
     sys.modules[name] = None
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer

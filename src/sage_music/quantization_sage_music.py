@@ -75,7 +75,7 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     if is_int8(model):
         raise ValueError("the model's weights are int8 already.")
     if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError("the model has adapters: merge them first (notekit.lora.merge_lora, or load it by notekit).")
+        raise ValueError("the model has adapters: merge them first (sage_studio.checkpoints.load does).")
     if model.dtype != torch.float32:
         raise ValueError(f"int8 weights are made of float32 ones, not {model.dtype}: load it with dtype=torch.float32.")
     if not hasattr(torch, "_weight_int8pack_mm"):

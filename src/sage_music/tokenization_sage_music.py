@@ -154,7 +154,7 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             source: a path, MIDI bytes, a `symusic.Score`, or a structured note array with `onset_s`, `duration_s`
                 (seconds), `pitch`, `velocity`, `program` (drums -1); arrays are laid on a grid of 120 quarter notes a
                 minute, 4/4.
-            add_special_tokens: put BOS in front. (EOS is for training data: see `notekit.corpus`.)
+            add_special_tokens: put BOS in front. (EOS is for training data: see `sage_studio.corpus`.)
             bars: keep only the first so many bars.
 
         Raises:

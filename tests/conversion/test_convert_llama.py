@@ -20,8 +20,8 @@ from transformers import (
 
 from conversion.convert_llama import convert, main, pool_heads
 from conversion.weights import ConversionError
-from notekit.checkpoint import load
 from sage_music import SageMusicTokenizer
+from sage_studio.checkpoints import load
 
 CLASSES = {
     LlamaConfig: LlamaForCausalLM,
@@ -342,7 +342,7 @@ def test_one_attribute_already(tokenizer):
 
 def test_adapters_merge_beside_biases_and_norms(tmp_path, vocabulary):
     pytest.importorskip("peft")
-    from notekit.lora import add_lora, merge_lora
+    from sage_studio.checkpoints.lora import add_lora, merge_lora
 
     stock(tmp_path / "stock", vocabulary, Qwen3Config, head_dim=8, attention_bias=True)
     model, _ = convert(tmp_path / "stock")

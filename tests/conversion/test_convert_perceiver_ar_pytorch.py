@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from conversion.convert_perceiver_ar_pytorch import FREQUENCIES, convert, main
 from conversion.weights import ConversionError
-from notekit.checkpoint import load
 from perceivers import PerceiverSForCausalLM
+from sage_studio.checkpoints import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FILE = FIXTURES / "perceiver_ar_pytorch.safetensors"

@@ -12,7 +12,7 @@ from symusic import Note, Score, Tempo, Track
 
 from conversion.convert_perceiver_io import FREQUENCIES, convert, main
 from conversion.weights import ConversionError
-from notekit.checkpoint import load
+from sage_studio.checkpoints import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
 AUDIO, TEXT = FIXTURES / "perceiver_io.safetensors", FIXTURES / "perceiver_io_text.safetensors"

@@ -10,12 +10,12 @@ from conftest import band, tiny_model
 from miditok import REMI
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from conversion.cards import check_card
 from conversion.convert_llama import convert as convert_in
 from conversion.convert_llama import main as main_in
 from conversion.convert_to_llama import convert, llama_of, main
-from conversion.export_hub import ExportError, export
 from conversion.weights import ConversionError
+from sage_studio.publishing.cards import check_card
+from sage_studio.publishing.export import ExportError, export
 
 KINDS = {
     "full heads": ("mha", {}),
@@ -26,7 +26,7 @@ KINDS = {
 
 ALONE = """
 import sys
-for name in ("sage_music", "perceivers", "notekit"):
+for name in ("sage_music", "perceivers", "sage_studio"):
     sys.modules[name] = None  # importing one of them fails
 import torch
 from transformers import AutoModelForCausalLM

@@ -11,11 +11,11 @@ from conftest import band, tiny_model
 from conversion import uptraining_study
 from conversion.convert_llama import pool_heads
 from conversion.convert_to_llama import llama_of
-from conversion.provenance import licenses_of, notice_of
 from conversion.uptrain import main, pool, read_source, steps_of
 from conversion.weights import ConversionError
-from notekit.checkpoint import load
 from sage_music import SageMusicTokenizer
+from sage_studio.checkpoints import load
+from sage_studio.publishing.licences import licenses_of, notice_of
 
 
 @pytest.fixture(scope="module")

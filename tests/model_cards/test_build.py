@@ -14,13 +14,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from transformers import pipeline
 
-from conversion.cards import check_card
 from model_cards import build, record
 from model_cards.facts import CARDS, CardError, claims, read_checkpoint, read_results
-from notekit.checkpoint import load
-from notekit.cli import build_parser
-from notekit.experiments import STUDIES
-from notekit.midi import read_score, write_midi
+from sage_studio.checkpoints import load
+from sage_studio.cli import build_parser
+from sage_studio.experiments import STUDIES
+from sage_studio.music.midi import read_score, write_midi
+from sage_studio.publishing.cards import check_card
 
 ROOT = Path(build.HERE)
 
@@ -172,7 +172,7 @@ def test_widget_examples_go_on_to_music(name):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_the_snippets_run_as_they_stand(name, tmp_path, monkeypatch):
-    importlib.import_module("notekit.pipelines")  # registers midi-continuation
+    importlib.import_module("sage_studio.pipelines")  # registers midi-continuation
     monkeypatch.chdir(tmp_path)
     write_midi("prompt.mid", band(8))
     from_hub, with_package = snippets(name)

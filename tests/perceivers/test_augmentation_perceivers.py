@@ -10,9 +10,9 @@ import pytest
 from conftest import DATA
 from symusic import Note, Score, Tempo, Track
 
-from notekit.notes import NOTE_DTYPE
 from perceivers import PerceiverSTokenizer
 from perceivers.augmentation import PerceiverSAugmentation
+from sage_studio.music.notes import NOTE_DTYPE
 
 
 class Draws:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from notekit.checkpoint import load
-from notekit.perform import generate_performance
 from perceivers import PRETRAINED, PerceiverSForCausalLM
+from sage_studio.checkpoints import load
+from sage_studio.generation.seconds import generate_performance
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import torch
 from conftest import DATA, needs_data
 from symusic import ControlChange, Note, Score, Tempo, Track
 
-from notekit.midi import read_notes, score_from_notes, tick_to_seconds
-from notekit.notes import NOTE_DTYPE, note_array
 from perceivers.tokenization_perceivers import PerceiverSTokenizer
+from sage_studio.music.midi import read_notes, score_from_notes, tick_to_seconds
+from sage_studio.music.notes import NOTE_DTYPE, note_array
 
 OTHER = {"velocity_offset": 0, "end_token": False, "bos": False}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_generation_sage_music import assert_nothing_dropped
 
-from notekit.checkpoint import load
 from sage_music import PRETRAINED
+from sage_studio.checkpoints import load
 
 
 @pytest.fixture(scope="module")

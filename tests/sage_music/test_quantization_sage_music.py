@@ -7,9 +7,9 @@ import torch
 from conftest import DATA, tiny_model
 from torch import nn
 
-from notekit.checkpoint import load
 from sage_music import SageMusicCache, quantize_int8
 from sage_music.quantization_sage_music import FEW_ROWS, Int8Linear
+from sage_studio.checkpoints import load
 
 
 def test_rows_are_rounded_to_127_steps_of_their_own_scale():

@@ -23,7 +23,7 @@ def test_all_sources_give_the_same_ids(tokenizer, tmp_path):
 
 
 def test_note_arrays_are_read_in_seconds(tokenizer):
-    from notekit.notes import note_array
+    from sage_studio.music.notes import note_array
 
     notes = note_array([(0.0, 0.5, 60, 100, 0, 0), (0.5, 0.25, 36, 90, -1, 1), (1.0, 1.0, 43, 80, 33, 2)])
     score = tokenizer.decode_midi(tokenizer.midi_to_ids(notes))

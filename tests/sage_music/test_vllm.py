@@ -10,7 +10,7 @@ from conftest import band, tiny_model
 from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from conversion.export_hub import export
+from sage_studio.publishing.export import export
 
 NEW = 24
 DOCS = Path(__file__).resolve().parents[2] / "docs/serving.md"

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from transformers import pipeline
 
-import notekit.pipelines  # noqa: F401 (registers the pipeline)
 import perceivers
 import sage_music
-from conversion.export_hub import export
-from notekit.checkpoint import load
-from notekit.cli import main
-from notekit.stream import stream_continuation
+import sage_studio.pipelines  # noqa: F401 (registers the pipeline)
+from sage_studio.checkpoints import load
+from sage_studio.cli import main
+from sage_studio.generation.stream import stream_continuation
+from sage_studio.publishing.export import export
 
 PROMPT = Path(__file__).resolve().parents[2] / "examples" / "saints.mid"
 # Of the command line; and, of the pipeline and the endpoint, by name.

@@ -1,0 +1,630 @@
+"""The `sage-music` command: generate, continue, stream, render, info, train, prepare, evaluate, experiment, bench.
+
+Results go to stdout (`--json`: one JSON object), progress and remarks to stderr. A wrong argument or input ends with
+one line on stderr and exit code 2; a reader of stdout that closes it ends the command quietly.
+
+The checkpoint decides the family: SAGE-Music counts in bars, PerceiverS in seconds. An option that only the other
+family has ends the command.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from sage_studio.corpus.command import add_arguments as add_preparation
+from sage_studio.corpus.command import run as prepare
+from sage_studio.defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from sage_studio.errors import InvalidMidiError, MissingExtraError
+from sage_studio.evaluate import add_arguments as add_evaluation
+from sage_studio.evaluate import run as evaluate
+from sage_studio.experiments import add_arguments as add_experiment
+from sage_studio.experiments import run_command as experiment
+from sage_studio.experiments.study import StudyError
+from sage_studio.music.midi import describe, read_score, write_midi
+from sage_studio.music.notes import instrument_name
+from sage_studio.music.render import render_piano_roll, render_wav
+
+# Ways to decode faster: int8 weights, a compiled step, drafted tokens.
+FASTER = ("int8", "compile", "draft")
+
+# Families by model_type: the name, and the options that only this family has (their default is None: not given).
+FAMILIES = {
+    "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free", *FASTER)),
+    "perceivers": ("PerceiverS", ("minutes", "max_tokens", "max_note_seconds", "prompt_seconds")),
+}
+
+JSON_LINES = "print one JSON object a note and a line, and a summary in the last"
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def program_list(text: str) -> list[int]:
+    """`"0,33,drums"` to `[0, 33, -1]`."""
+    try:
+        programs = [-1 if part.strip().lower() == "drums" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: use General MIDI programs 0-127 and 'drums', as in 0,33,drums"
+        ) from None
+    if not all(-1 <= program <= 127 for program in programs):
+        raise argparse.ArgumentTypeError(f"{text!r}: programs run from 0 to 127")
+    return programs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sage-music", description="Symbolic music generation: MIDI in, MIDI out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, as_json: str = "print one JSON object") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help=as_json)
+        return sub
+
+    def with_model(sub: argparse.ArgumentParser) -> None:
+        add_model(sub)
+        sub.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's)")
+
+    def add_model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", help="sage-music (default), perceivers, a checkpoint folder or a Hub name")
+
+    def with_speed(add) -> None:
+        add("--int8", action="store_true", default=None, help="weights in 8-bit integers")
+        add("--compile", action="store_true", default=None, help="compile decoding first: seconds, and a C++ compiler")
+        add("--draft", action="store_true", default=None, help="guess tokens and check several at a time: same music")
+
+    def with_sampling(sub: argparse.ArgumentParser, continues: bool) -> None:
+        with_model(sub)
+        add = sub.add_argument
+        add("--temperature", type=float, help="0: the likeliest token (default: the checkpoint's)")
+        add("--top-p", type=float, help="nucleus sampling (default: the checkpoint's)")
+        add("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
+        add("--num", type=positive_int, default=1, help="pieces to write, seeds counting up")
+        add("--out", type=Path, help="MIDI file to write (default: out/NAME.mid)")
+        add("--wav", action="store_true", help="write the sound beside it")
+        add("--png", action="store_true", help="write the piano roll beside it")
+        add = sub.add_argument_group("SAGE-Music").add_argument
+        add("--bars", type=positive_int, help=f"bars to write (default: {BARS})")
+        add("--programs", type=program_list, help="only these programs, as in 0,33,drums")
+        with_speed(add)
+        if continues:
+            add("--prompt-bars", type=positive_int, help=f"bars to keep (default: {PROMPT_BARS})")
+            free = "allow instruments, meters, tempos the prompt has not"
+            add("--free", action="store_true", default=None, help=free)
+        else:
+            add("--tempo", type=float, help="quarter notes per minute, held throughout (default: the model's)")
+            add("--time-signature", help="such as 3/4 (default: the model's, or 4/4 with --tempo)")
+        add = sub.add_argument_group("PerceiverS").add_argument
+        add("--minutes", type=positive_float, help=f"length of the new music (default: {SECONDS / 60:g})")
+        add("--max-tokens", type=positive_int, help="tokens to write at most; alone, the model ends the piece")
+        longest = f"end notes that sound so long; inf: never (default: {MAX_NOTE_SECONDS:g})"
+        add("--max-note-seconds", type=float, help=longest)
+        if continues:
+            add("--prompt-seconds", type=positive_float, help=f"seconds to keep (default: {PROMPT_SECONDS:g})")
+
+    sub = command("generate", run_generate, "Write a piece from nothing.")
+    with_sampling(sub, continues=False)
+
+    sub = command("continue", run_continue, "Continue the beginning of a MIDI file.")
+    sub.add_argument("prompt", type=Path, metavar="PROMPT.mid")
+    with_sampling(sub, continues=True)
+
+    sub = command("stream", run_stream, "Print notes as the model writes them (SAGE-Music).", as_json=JSON_LINES)
+    sub.add_argument("prompt", type=Path, nargs="?", metavar="PROMPT.mid", help="to continue (default: from nothing)")
+    with_model(sub)
+    add = sub.add_argument
+    add("--bars", type=positive_int, default=BARS, help="bars to write (default: %(default)s)")
+    add("--prompt-bars", type=positive_int, help=f"bars of the prompt to keep (default: {PROMPT_BARS})")
+    add("--programs", type=program_list, help="only these programs, as in 0,33,drums")
+    add("--free", action="store_true", default=None, help="allow instruments, meters, tempos the prompt has not")
+    add("--tempo", type=float, help="without a prompt: quarter notes per minute, held throughout")
+    add("--time-signature", help="without a prompt: such as 3/4")
+    add("--temperature", type=float, help="0: the likeliest token (default: the checkpoint's)")
+    add("--top-p", type=float, help="nucleus sampling (default: the checkpoint's)")
+    add("--seed", type=int, default=0, help="same seed, same output (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE.mid", help="write the whole piece")
+    with_speed(add)
+    add("--report", action="store_true", help="print to stderr how the notes kept up with playing them")
+
+    sub = command("render", run_render, "Write the sound (.wav) and picture (.png) of a MIDI file.")
+    sub.add_argument("file", type=Path, metavar="FILE.mid")
+    sub.add_argument("--out", type=Path, help="folder to write to (default: beside the file)")
+
+    add_model(command("info", run_info, "Describe a checkpoint: size, vocabulary, attention, cache."))
+
+    text = "Fine-tune a checkpoint, or train a new model, on MIDI files."
+    sub = commands.add_parser("train", help=text, add_help=False, allow_abbrev=False)
+    sub.set_defaults(run=run_train, json=False)
+
+    text = "Turn MIDI files into tokens: kept for training, or written as Parquet shards."
+    add_preparation(command("prepare", prepare, text))
+
+    add_evaluation(command("evaluate", evaluate, "Score checkpoints and folders of MIDI files against human music."))
+
+    add_experiment(command("experiment", experiment, "Rerun a study of the source papers' claims."))
+
+    sub = command("bench", run_bench, "Compare speed with a stock model of the same shape: Llama, Perceiver AR.")
+    with_model(sub)
+    sub.add_argument(
+        "--contexts", type=positive_int, nargs="+", help="default: 512 2048 8192; PerceiverS: 2048 8192 32768"
+    )
+    sub.add_argument("--tokens", type=positive_int, help="tokens decoded a round (default: 128; PerceiverS: 48)")
+    sub.add_argument("--rounds", type=positive_int, default=3, help="interleaved rounds (default: %(default)s)")
+    add = sub.add_argument_group("SAGE-Music").add_argument
+    add("--shape", choices=("small", "medium"), help="the checkpoint's (default); 12 layers of width 768, random")
+    add("--batch", type=positive_int, nargs="+", help="batch sizes (default: 1 16; with --training 2)")
+    add("--models", nargs="+", help="some of full gqa mqa ours compiled bf16 int8 int8-compiled draft int8-draft ...")
+    add("--device", choices=("cpu", "cuda"), help="default: cpu")
+    add("--prompt", type=Path, metavar="FILE.mid", help="the checkpoint's prompts continue it (default: from nothing)")
+    add("--training", action="store_true", default=None, help="instead: a training step, against a Llama of equal size")
+    add("--trainer", action="store_true", default=None, help="instead: the stock Trainer, against a bare PyTorch loop")
+    add("--figure", type=Path, metavar="FILE.png", help="draw speed and cache memory against the context")
+    add("--from", dest="saved", type=Path, metavar="FILE.json", help="measure nothing: show what --json printed before")
+    sub = sub.add_argument_group("PerceiverS (fixed shapes, random weights)").add_mutually_exclusive_group()
+    sub.add_argument("--paper", action="store_true", help="instead: speed and memory at the paper's size")
+    sub.add_argument("--memory", action="store_true", help="instead: memory of a training step at the default size")
+    return parser
+
+
+def run_generate(args) -> dict:
+    return _write_pieces(args, "generated")
+
+
+def run_continue(args) -> dict:
+    with warnings.catch_warnings(action="ignore"):  # they are said when the prompt is used
+        read_score(args.prompt)  # before the model loads: a wrong file should not have to wait
+    return _write_pieces(args, "continuation", args.prompt)
+
+
+def family_options(args, family: str) -> dict:
+    """The given options that only this family has, as arguments of its functions.
+
+    Raises:
+        ValueError: an option that only another family has.
+    """
+    for other, (name, options) in FAMILIES.items():
+        for option in options:
+            if other != family and getattr(args, option, None) is not None:
+                own_name, own = FAMILIES[family]
+                own = ", ".join(_flag(option) for option in own if hasattr(args, option))
+                raise ValueError(f"{_flag(option)} is an option of {name}; this checkpoint is {own_name}, with {own}.")
+    given = {option: getattr(args, option, None) for option in FAMILIES[family][1]}
+    given = {option: value for option, value in given.items() if value is not None}
+    if "minutes" in given:
+        given["seconds"] = 60 * given.pop("minutes")
+    elif "max_tokens" in given:
+        given["seconds"] = None
+    return given
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _speed_up(model, options: dict) -> None:
+    """Quantise the model and turn the options in `FASTER` into those of `generate()`."""
+    int8, compiled, draft = (options.pop(name, None) for name in FASTER)
+    generate_options = {}
+    if int8:
+        from sage_music import quantize_int8
+
+        quantize_int8(model)
+    if compiled:
+        from transformers import CompileConfig
+
+        generate_options["compile_config"] = CompileConfig(fullgraph=True)
+    if draft:
+        if model.draft is None:
+            raise ValueError("--draft: this checkpoint has no draft head (config.num_mtp_layers is 0).")
+        generate_options["use_mtp"] = True
+    if generate_options:
+        options["generate_options"] = generate_options
+
+
+def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
+    from tqdm import tqdm
+
+    from sage_studio.checkpoints import load
+
+    _set_threads(args)
+    model, tokenizer = load(args.model)
+    by_seconds = model.config.model_type == "perceivers"
+    options = family_options(args, model.config.model_type)
+    if by_seconds:
+        from sage_studio.generation.seconds import continue_performance as go_on
+        from sage_studio.generation.seconds import generate_performance as begin
+
+        total = options.get("seconds", SECONDS)
+    else:
+        from sage_studio.generation.bars import continue_score as go_on
+        from sage_studio.generation.bars import generate_piece as begin
+
+        total = options.get("bars", BARS)
+        _speed_up(model, options)
+    write = partial(begin, model, tokenizer) if prompt is None else partial(go_on, model, tokenizer, prompt)
+    bar_options = {
+        "total": None if total is None else round(total),
+        "unit": "s" if by_seconds else "bar",
+        "leave": False,
+        "disable": not sys.stderr.isatty(),
+    }
+    out = args.out or Path("out") / f"{name}.mid"
+    pieces = []
+    for index in range(args.num):
+        path = out if args.num == 1 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
+        with tqdm(desc=path.name, **bar_options) as bar:
+
+            def progress(done: float, notes: int, bar=bar) -> None:
+                bar.set_postfix_str(f"{notes / max(bar.format_dict['elapsed'], 1e-9):.0f} notes/s", refresh=False)
+                bar.update(int(done) - bar.n)
+
+            piece = write(
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seed=args.seed + index,
+                progress=progress,
+                **options,
+            )
+        files = [write_midi(path, piece.score)]
+        if args.wav:
+            files.append(render_wav(path.with_suffix(".wav"), piece.score))
+        end = piece.prompt_seconds if by_seconds else piece.prompt_end_s
+        if args.png:
+            files.append(render_piano_roll(path.with_suffix(".png"), piece.score, end or None, in_seconds=by_seconds))
+        counts = ("prompt_seconds", "tokens") if by_seconds else ("prompt_bars", "bars")
+        pieces.append(
+            {
+                "files": [str(file) for file in files],
+                "seed": args.seed + index,
+                **_counted(piece, counts),
+            }
+        )
+        if not args.json:
+            for remark in piece.remarks:
+                print(f"note: {remark}", file=sys.stderr)
+            print(f"wrote {', '.join(map(str, files))}")
+            print(
+                f"  {getattr(piece, counts[1])} {counts[1]}, {piece.notes} notes, {piece.music_seconds:.1f} s of music "
+                f"in {piece.seconds:.1f} s: {piece.notes_per_second:.0f} notes/s"
+            )
+            print(f"  {', '.join(describe(piece.score))}")
+    return {"pieces": pieces}
+
+
+def _counted(piece, counts: tuple[str, ...]) -> dict:
+    """What `--json` says of a piece, its family's own `counts` first."""
+    return {
+        **{count: getattr(piece, count) for count in counts},
+        "notes": piece.notes,
+        "seconds": round(piece.seconds, 3),
+        "notes_per_second": round(piece.notes_per_second, 1),
+        "music_seconds": round(piece.music_seconds, 3),
+        "instruments": describe(piece.score),
+        "remarks": piece.remarks,
+    }
+
+
+def run_stream(args) -> dict:
+    begins = args.prompt is None
+    for option in ("prompt_bars", "free") if begins else ("tempo", "time_signature"):
+        if getattr(args, option) is not None:
+            hint = "give a PROMPT.mid" if begins else "the prompt has its own; --free lets the model change them"
+            raise ValueError(f"{_flag(option)} is for music {'after a' if begins else 'without a'} prompt: {hint}.")
+    if not begins:
+        with warnings.catch_warnings(action="ignore"):
+            read_score(args.prompt)
+    from sage_studio.checkpoints import load
+    from sage_studio.generation.stream import latency_report, stream_continuation, stream_piece
+
+    _set_threads(args)
+    model, tokenizer = load(args.model)
+    if model.config.model_type != "sage_music":
+        raise ValueError("stream needs a SAGE-Music checkpoint; this one is PerceiverS: use continue or generate.")
+    names = ("bars", "programs", "temperature", "top_p", "seed")
+    names += ("tempo", "time_signature") if begins else ("prompt_bars", "free")
+    options = {name: getattr(args, name) for name in (*names, *FASTER) if getattr(args, name) is not None}
+    _speed_up(model, options)
+    if args.compile:
+        print("compiling ...", file=sys.stderr)
+        with stream_piece(model, tokenizer, bars=1, generate_options=options["generate_options"]) as warm_up:
+            next(iter(warm_up), None)
+    notes = []
+    if not args.json:
+        print(NOTE_HEADER, flush=True)
+    begin = stream_piece if begins else partial(stream_continuation, prompt=args.prompt)
+    with begin(model, tokenizer, **options) as stream:
+        for note in stream:
+            print(json.dumps(asdict(note)) if args.json else _note_line(note), flush=True)
+            notes.append(note)
+        piece = stream.piece
+    report = latency_report([note.onset_seconds for note in notes], [note.wall_seconds for note in notes])
+    files = [] if args.out is None else [str(write_midi(args.out, piece.score))]
+    if not args.json:
+        for remark in piece.remarks:
+            print(f"note: {remark}", file=sys.stderr)
+        for file in files:
+            print(f"wrote {file}", file=sys.stderr)
+    if args.report and not args.json:
+        print("\n".join(_latency_lines(report)), file=sys.stderr)
+    return {
+        "files": files,
+        "seed": args.seed,
+        **_counted(piece, ("prompt_bars", "bars")),
+        "latency": report,
+    }
+
+
+# Bar; onset and length in quarter notes and in seconds; when the note came, in seconds.
+NOTE_HEADER = " bar     onset  length     at s  for s pitch vel  came s  instrument"
+
+
+def _note_line(note) -> str:
+    quarters = f"{note.onset:>9.3f} {note.duration:>7.3f}"
+    seconds = f"{note.onset_seconds:>8.3f} {note.duration_seconds:>6.3f}"
+    rest = f"{note.pitch:>5} {note.velocity:>3} {note.wall_seconds:>7.3f}  {instrument_name(note.program)}"
+    return f"{note.bar:>4} {quarters} {seconds} {rest}"
+
+
+def _latency_lines(report: dict) -> list[str]:
+    if not report["notes"]:
+        return ["no notes"]
+    lines = [f"first note after {report['first_note_ms']:.0f} ms"]
+    if report["notes"] > 1:
+        gaps = ", ".join(f"{name} {value:.1f}" for name, value in report["note_to_note_ms"].items())
+        lines.append(f"from note to note, ms: {gaps}")
+    for played in report["deadlines"]:
+        line = f"played at {played['speed']:g}x: {played['missed']} of {report['notes']} notes late"
+        if played["missed"]:
+            head_start = f"{played['head_start_ms']:.0f} ms"
+            line += f" ({played['share']:.1%}), by {head_start} at most: a head start of {head_start} would save all"
+        lines.append(line)
+    return lines
+
+
+def run_train(argv: list[str]) -> int:
+    """`sage-music train`, which has a parser of its own; returns the exit code."""
+    for package in ("accelerate", "datasets", "tensorboard"):
+        if importlib.util.find_spec(package) is None:
+            print(f"sage-music: error: train needs {package}: pip install 'sage-music[train]'.", file=sys.stderr)
+            return 2
+    from sage_studio.train.command import main as train
+
+    try:
+        return train(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_render(args) -> dict:
+    score = read_score(args.file)
+    folder = args.out or args.file.parent
+    files = [
+        render_wav(folder / f"{args.file.stem}.wav", score),
+        render_piano_roll(folder / f"{args.file.stem}.png", score, title=args.file.stem),
+    ]
+    if not args.json:
+        print(f"wrote {', '.join(map(str, files))}")
+    return {"files": [str(file) for file in files]}
+
+
+def run_info(args) -> dict:
+    from sage_studio.checkpoints import load
+
+    model, tokenizer = load(args.model)
+    family_info = _info_perceivers if model.config.model_type == "perceivers" else _info_sage_music
+    info = {
+        "model": args.model or "bundled",
+        "family": FAMILIES[model.config.model_type][0],
+        "parameters": model.num_parameters(),
+        "layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "query_heads": model.config.num_attention_heads,
+        "context": model.config.max_position_embeddings,
+        "vocabulary": tokenizer.vocab_size,
+        **family_info(model, tokenizer),
+    }
+    if not args.json:
+        for key, value in info.items():
+            print(f"{key.replace('_', ' ')}: {_shown(value)}")
+    return info
+
+
+def _shown(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{k} {v}" if not isinstance(v, dict) else f"{k} ({v['tokens']} tokens, {v['query_heads']} heads)"
+            for k, v in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join("all" if part is None else f"{part:,}" for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _info_sage_music(model, tokenizer) -> dict:
+    config = model.config
+    types: dict[str, int] = {}
+    for token in tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size)):
+        kind = token.split("_")[0] if "+" not in token else "merged"
+        types[kind] = types.get(kind, 0) + 1
+    heads = config.query_heads_per_attribute or [config.num_attention_heads] * len(config.attribute_names)
+    row = 2 * config.head_dim * next(model.parameters()).element_size() * config.num_hidden_layers
+    return {
+        "token_types": types,
+        "key_value_heads_per_token": config.num_key_value_heads,
+        "kv_routing": config.kv_routing,
+        "attribute_groups": {
+            name: {"tokens": config.token_attribute_ids.count(index), "query_heads": heads[index]}
+            for index, name in enumerate(config.attribute_names)
+        },
+        "cache_bytes_per_token": config.num_key_value_heads * row,
+        "cache_bytes_per_token_full_heads": config.num_attention_heads * row,
+    }
+
+
+def _info_perceivers(model, tokenizer) -> dict:
+    from perceivers import PerceiverSCache
+
+    config = model.config
+    grammar = tokenizer.config_fields()["grammar"]
+    kinds = {kind: grammar[kind][1] - grammar[kind][0] for kind in ("note_on", "note_off", "time_shift", "velocity")}
+    # Keys and values of one position in one layer.
+    row = 2 * config.num_attention_heads * config.head_dim * next(model.parameters()).element_size()
+    return {
+        "token_types": {**kinds, "special": tokenizer.vocab_size - sum(kinds.values())},
+        "latents": config.num_latents,
+        "cross_layers": len(config.cross_scales),
+        "cross_scales": config.cross_scales,
+        "scale_mask": config.scale_mask,
+        "refill_length": PerceiverSCache(config, getattr(model.generation_config, "refill_length", None)).refill_length,
+        "cross_cache_bytes_per_token": len(config.cross_scales) * row,
+        "latent_cache_bytes": config.num_latents * config.num_hidden_layers * row,
+    }
+
+
+def run_bench(args) -> dict:
+    _set_threads(args)
+    if args.model == "perceivers":  # no checkpoint is read
+        return _bench_perceivers(args)
+    if args.paper or args.memory:
+        raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
+    if args.training and args.figure:
+        raise ValueError("--figure shows decoding: it does not go with --training.")
+    from sage_studio.bench.tables import figure, load_result, plotting, table
+
+    if args.trainer:
+        return _bench_trainer(args)
+    if args.figure:
+        plotting()  # before minutes of measuring: matplotlib may be missing
+    if args.saved:
+        result = load_result(args.saved)
+    else:
+        from sage_studio.checkpoints import load
+
+        if args.prompt:
+            with warnings.catch_warnings(action="ignore"):
+                read_score(args.prompt)
+        model, tokenizer = load(args.model)
+        if model.config.model_type == "perceivers":
+            return _bench_perceivers(args)
+        result = _bench_sage_music(args, model, tokenizer)
+    if args.figure:
+        figure(result, args.figure)
+    if not args.json:
+        print(table(result))
+        if args.figure:
+            print(f"\nwrote {args.figure}")
+    return result
+
+
+def _bench_trainer(args) -> dict:
+    for option in ("tokens", "shape", "models", "device", "prompt", "training", "figure", "saved"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"{'--from' if option == 'saved' else _flag(option)} does not go with --trainer.")
+    from sage_studio.bench.trainer import compare_trainer, table
+    from sage_studio.checkpoints import load
+
+    model, tokenizer = load(args.model)
+    if model.config.model_type != "sage_music":
+        raise ValueError("--trainer measures a SAGE-Music checkpoint; this one is PerceiverS.")
+    sizes = {"context": (args.contexts or [1024])[0], "batch": (args.batch or [4])[0]}
+    result = compare_trainer(model, tokenizer, rounds=args.rounds, **sizes)
+    if not args.json:
+        print(table(result))
+    return result
+
+
+def _bench_sage_music(args, model, tokenizer) -> dict:
+    from sage_studio.bench.decoding import compare, compare_training
+
+    options = {
+        "contexts": args.contexts,
+        "tokens": args.tokens,
+        "shape": args.shape,
+        "batches": args.batch,
+        "models": args.models,
+        "device": args.device,
+        "prompt": args.prompt,
+    }
+    if args.training:
+        for option in ("tokens", "models", "prompt"):
+            if options.pop(option) is not None:
+                raise ValueError(f"{_flag(option)} is about decoding: it does not go with --training.")
+        run = compare_training
+    else:
+        run = partial(compare, say=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None)
+    given = {option: value for option, value in options.items() if value is not None}
+    return run(model, tokenizer, rounds=args.rounds, **given)
+
+
+def _bench_perceivers(args) -> dict:
+    for option in ("shape", "batch", "models", "device", "prompt", "training", "trainer", "figure", "saved"):
+        if getattr(args, option) is not None:
+            flag = "--from" if option == "saved" else _flag(option)
+            raise ValueError(f"{flag} is an option of SAGE-Music; this is PerceiverS.")
+    from sage_studio.bench.perceivers import CONTEXTS, compare, in_fresh_process, paper_size, table, training_memory
+
+    if args.paper or args.memory:
+        result = in_fresh_process(paper_size if args.paper else training_memory)
+    else:
+        result = compare(args.contexts or CONTEXTS, args.tokens or 48, args.rounds)
+    if not args.json:
+        print(table(result))
+    return result
+
+
+def _set_threads(args) -> None:
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a wrong argument or input, 130 when interrupted."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.run is run_train:  # its options are those of `TrainingArguments` too, which are slow to import
+        return run_train(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        with warnings.catch_warnings():  # put back on leaving: `main` is also called from Python
+            warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+            result = args.run(args)
+        if args.json:
+            print(json.dumps(result))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has what it wanted, as `head` does; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InvalidMidiError, MissingExtraError, StudyError, ValueError, OSError) as error:
+        print(f"sage-music: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,433 @@
+"""Continuations of a whole folder of MIDI files, by one process or by many.
+
+torchrun --nproc_per_node 2 -m sage_studio.generation.folder --prompts FOLDER --output OUT --bars 8 --seed 0
+
+Processes share the two folders and nothing else: every prompt belongs to one of them by its place in the sorted list,
+and its seed follows from its path, so that the music is the same however many there are. Music is written whole or not
+at all and then noted in a journal; a run that was killed, or has new prompts, goes on with what is not noted. The first
+process waits for the others and writes the manifest: one line a prompt, sorted by path, files that cannot be read among
+them. The output folder:
+
+    music/a/b.mid     prompt and new music of FOLDER/a/b.mid
+    manifest.jsonl    path, sha256, seed, output, output_sha256, notes, bars (or seconds), remarks; or error
+    options.json      what the music depends on besides the prompts; a run with other options is refused
+    journal/          one line for every prompt done, one file a process
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sage_studio.checkpoints import load
+from sage_studio.defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from sage_studio.errors import MissingExtraError
+from sage_studio.files import midi_files, write_atomic
+from sage_studio.music.midi import score_from_notes
+from sage_studio.music.notes import NOTE_DTYPE
+
+from .bars import plan_continuation as plan_bars
+from .bars_batch import write_together as write_bars
+from .seconds import plan_continuation as plan_seconds
+from .seconds_batch import write_together as write_seconds
+
+# Options that only one family has, by model_type.
+OPTIONS = {
+    "sage_music": ("bars", "prompt_bars", "free", "programs"),
+    "perceivers": ("seconds", "prompt_seconds", "max_tokens", "max_note_seconds"),
+}
+POLL_S = 0.2  # how often the first process looks for what the others have done
+
+
+def prompt_seed(seed: int, name: str) -> int:
+    """The seed of the prompt at the relative path `name`, 0 to 2^32 - 1."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+# What a config says of where a model is and what loaded it, and nothing of its music.
+PLACES = ("_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version")
+
+
+def fingerprint(model, tokenizer) -> str:
+    """A digest of what a checkpoint says: weights and config, vocabulary and how notes become tokens, and sampling."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    reading = set(inspect.signature(type(tokenizer).__init__).parameters) - {"self", "kwargs", "vocab_file"}
+    known = {
+        "vocabulary": tokenizer.get_vocab(),
+        "reading": {name: tokenizer.init_kwargs.get(name) for name in reading},
+        "config": model.config.to_dict(),
+        "generation": model.generation_config.to_dict(),
+    }
+    for part in (known["config"], known["generation"]):
+        for name in PLACES:
+            part.pop(name, None)
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class Output:
+    """The output folder of a run and of those that went on with it."""
+
+    folder: Path
+
+    def claim(self, options: dict) -> None:
+        """Note the run's options, or find that they are the folder's.
+
+        Raises:
+            ValueError: it is the folder of a run with other options, or holds something else, or what its options.json
+                says cannot be read.
+        """
+        target = self.folder / "options.json"
+        # Asked in this order: another process of the same run writes the options first.
+        if any(not path.name.startswith(".") for path in self.folder.glob("*")) and not target.exists():
+            raise ValueError(f"{self.folder}: not empty, and not the output of such a run. Choose another --output.")
+        earlier = None
+        if not target.exists():
+            write_atomic(target, json.dumps(options, indent=1).encode())
+        with suppress(ValueError):
+            earlier = json.loads(target.read_bytes())
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{target}: does not hold the options of such a run. Choose another --output.")
+        for name in options.keys() | earlier.keys():
+            if options.get(name) != earlier.get(name):
+                raise ValueError(
+                    f"{self.folder}: the output of a run with {name} {earlier.get(name)}, not {options.get(name)}. "
+                    "Choose another --output, or the same options to go on with it."
+                )
+
+    def music(self, name: str) -> Path:
+        return self.folder / "music" / name
+
+    def note(self, rank: int, record: dict) -> None:
+        """Append a line to the process' journal; a line that a killed run began is left as it is."""
+        path = self.folder / "journal" / f"{rank}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+
+    def noted(self) -> dict[tuple[str, str | None], dict]:
+        """The records of all journals by path and digest of the prompt: one that has changed since is another."""
+        records = {}
+        for path in sorted((self.folder / "journal").glob("*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # cut off by a kill: the prompt is done once more
+                    continue
+                records[record["path"], record["sha256"]] = record
+        return records
+
+    def is_done(self, record: dict | None) -> bool:
+        """Whether a prompt needs no more work: refused, or its music lies there as it was written."""
+        if record is None or "error" in record:
+            return record is not None
+        try:
+            return digest_of(self.music(record["path"]).read_bytes()) == record["output_sha256"]
+        except OSError:
+            return False
+
+    def write_manifest(self, records: list[dict]) -> Path:
+        """One line a prompt; what killed runs left half written goes."""
+        names = {record["path"] for record in records}
+        for path in self.folder.glob("music/**/.*"):
+            if path.is_file() and path.relative_to(self.folder / "music").as_posix() not in names:
+                path.unlink()
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        return write_atomic(self.folder / "manifest.jsonl", lines.encode())
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_prompt(path: Path) -> tuple[bytes | None, str | None]:
+    """A prompt's bytes and their digest; both `None` where the file cannot be opened."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None, None
+    return data, digest_of(data)
+
+
+def continue_prompts(
+    model, tokenizer, prompts: list[bytes | None], seeds: list[int], options: dict
+) -> list[tuple[bytes | None, dict]]:
+    """The MIDI file of each prompt with its continuation (`None`: refused), and what a record says of it.
+
+    Several go through one `generate()`, each as if it were alone.
+    """
+    by_bars = model.config.model_type == "sage_music"
+    plan_of, together = (plan_bars, write_bars) if by_bars else (plan_seconds, write_seconds)
+    plans, found = {}, {}
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        if prompt is None:
+            found[index] = None, {"error": "cannot be opened."}
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                plans[index] = plan_of(model, tokenizer, prompt, seed=seed, **options)
+            except ValueError as error:
+                found[index] = None, {"error": str(error).removeprefix("<bytes>: ")}
+                continue
+        plans[index].remarks[:0] = [str(warning.message).removeprefix("<bytes>: ") for warning in caught]
+    pieces = {}
+    if len(plans) > 1:
+        # Where one of them cannot be continued, each alone will tell which it is.
+        with suppress(ValueError):
+            pieces = dict(zip(plans, together(list(plans.values())), strict=True))
+    for index, plan in plans.items():
+        try:
+            piece = pieces[index] if pieces else plan.write()
+        except ValueError as error:
+            found[index] = None, {"error": str(error)}
+            continue
+        length = {"bars": piece.bars} if by_bars else {"seconds": piece.music_seconds}
+        found[index] = piece.score.dumps_midi(), {"notes": piece.notes, **length, "remarks": piece.remarks}
+    return [found[index] for index in range(len(prompts))]
+
+
+def check_options(model, tokenizer, options: dict) -> None:
+    """Refuse before the first prompt what would be refused with each.
+
+    Raises:
+        ValueError: an option outside its range, naming it.
+    """
+    note = np.zeros(1, dtype=NOTE_DTYPE)
+    note["duration_s"], note["pitch"], note["velocity"] = 0.01, 60, 64
+    plan_of = plan_bars if model.config.model_type == "sage_music" else plan_seconds
+    plan_of(model, tokenizer, score_from_notes(note), seed=0, **options)
+
+
+def continue_folder(
+    model,
+    tokenizer,
+    prompts: str | os.PathLike,
+    output: str | os.PathLike,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    batch_size: int = 1,
+    **options,
+) -> list[dict] | None:
+    """Continue every MIDI file under `prompts`; see the module's description for what is written.
+
+    Args:
+        rank, ranks: which of how many processes this is.
+        batch_size: prompts to write at once. They are taken as they lie side by side in the sorted list, so that the
+            batches are the same in any number of processes; PerceiverS writes together only what is equally long.
+        options: of `continue_score` or `continue_performance`, without `seed` and `progress`.
+
+    Returns the manifest's records from the first process, which waits for the others; `None` from them.
+
+    Raises:
+        FileNotFoundError: no MIDI files.
+        ValueError: an option or `rank` outside its range, `output` and `prompts` lie one in the other, or `output` is
+            that of something else.
+    """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks} processes: ranks are numbered from 0. Check RANK and WORLD_SIZE.")
+    check_options(model, tokenizer, options)
+    prompts, output = Path(prompts), Output(Path(output))
+    if output.folder.resolve().is_relative_to(prompts.resolve()):
+        raise ValueError(f"{output.folder}: lies in the folder of the prompts, which its music would join.")
+    if prompts.resolve().is_relative_to(output.folder.resolve()):
+        raise ValueError(f"{prompts}: lies in the output folder, and the music would overwrite it. Copy it elsewhere.")
+    files = {path.relative_to(prompts).as_posix(): path for path in midi_files(prompts)}
+    facts = {"weights": fingerprint(model, tokenizer), "seed": seed, "batch_size": batch_size, **options}
+    output.claim({**facts, "device": model.device.type, "threads": torch.get_num_threads()})
+
+    earlier, digests, names = output.noted(), {}, list(files)
+    batches = [names[begin : begin + batch_size] for begin in range(rank * batch_size, len(names), ranks * batch_size)]
+    for batch in tqdm(batches, unit="batch", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
+        prompts_of = [read_prompt(files[name]) for name in batch]
+        digests |= {name: digest for name, (_, digest) in zip(batch, prompts_of, strict=True)}
+        left = [name for name in batch if not output.is_done(earlier.get((name, digests[name])))]
+        if not left:
+            continue
+        # What is done already is written with the others: a batch is the same whoever was killed in it.
+        seeds = [prompt_seed(seed, name) for name in batch]
+        written = continue_prompts(model, tokenizer, [data for data, _ in prompts_of], seeds, options)
+        for name, own_seed, (midi, found) in zip(batch, seeds, written, strict=True):
+            if name not in left:
+                continue
+            record = {"path": name, "sha256": digests[name], "seed": own_seed}
+            if midi is not None:
+                write_atomic(output.music(name), midi)
+                record |= {"output": f"music/{name}", "output_sha256": digest_of(midi)}
+            output.note(rank, record | found)
+    if rank > 0:
+        return None
+    records = wait_for_all(output, files, digests, earlier, others=ranks > 1)
+    output.write_manifest(records)
+    return records
+
+
+def wait_for_all(output: Output, files: dict[str, Path], digests: dict, earlier: dict, others: bool) -> list[dict]:
+    """The records of all prompts by path, as soon as every process has noted its own.
+
+    Raises:
+        OSError: there are no others to wait for, and what was written does not come back.
+    """
+    found: dict[str, dict] = {}
+    for name in files.keys() - digests.keys():
+        digests[name] = read_prompt(files[name])[1]
+    while True:
+        records = output.noted()
+        # A prompt that changed meanwhile is what it was when its process read it.
+        latest = {path: record for (path, digest), record in records.items() if (path, digest) not in earlier}
+        for name in files.keys() - found.keys():
+            record = records.get((name, digests[name])) or latest.get(name)
+            if output.is_done(record):
+                found[name] = record
+        if len(found) == len(files):
+            return [found[name] for name in sorted(found)]
+        if not others:
+            missing = sorted(files.keys() - found.keys())
+            raise OSError(
+                f"{output.folder}: {missing[0]} was written but does not read back the same. Is the disk full?"
+            )
+        time.sleep(POLL_S)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    description = "Continue every MIDI file of a folder; under torchrun the processes share the work."
+    parser = argparse.ArgumentParser(prog="python -m sage_studio.generation.folder", description=description)
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="FOLDER", help="of .mid and .midi files, at any depth")
+    add("--output", type=Path, required=True, metavar="OUT", help="folder to write, or to go on with")
+    add("--model", help="sage-music (default), perceivers, a checkpoint folder or a Hub name")
+    add("--seed", type=int, default=0, help="a prompt's own follows from it and its path (default: %(default)s)")
+    add("--temperature", type=float, help="0: the likeliest token (default: the checkpoint's)")
+    add("--top-p", type=float, help="nucleus sampling (default: the checkpoint's)")
+    add("--batch-size", type=positive_int, default=1, help="prompts to write at once (default: %(default)s)")
+    add(
+        "--threads",
+        type=positive_int,
+        default=1,
+        help="CPU threads a process; rounding depends on it (default: %(default)s)",
+    )
+    add("--device", help="such as cpu (default: each process its own GPU, where there are any)")
+    add = parser.add_argument_group("SAGE-Music").add_argument
+    add("--bars", type=positive_int, help=f"bars to write (default: {BARS})")
+    add("--prompt-bars", type=positive_int, help=f"bars to keep (default: {PROMPT_BARS})")
+    add("--free", action="store_true", default=None, help="allow instruments, meters, tempos the prompt has not")
+    add("--programs", type=program, nargs="+", metavar="N", help="only these programs: 0-127 and drums")
+    add = parser.add_argument_group("PerceiverS").add_argument
+    add("--seconds", type=float, help=f"seconds to write (default: {SECONDS:g})")
+    add("--prompt-seconds", type=float, help=f"seconds to keep (default: {PROMPT_SECONDS:g})")
+    add("--max-tokens", type=positive_int, help="tokens to write at most")
+    add("--max-note-seconds", type=float, help="end notes that sound so long; inf: never")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def program(text: str) -> int:
+    return -1 if text.lower() == "drums" else int(text)
+
+
+def family_options(args: argparse.Namespace, family: str) -> dict:
+    """The options of this family, with the defaults that every such run has.
+
+    Raises:
+        ValueError: an option that only the other family has.
+    """
+    own = OPTIONS[family]
+    for name in (name for names in OPTIONS.values() for name in names if name not in own):
+        if getattr(args, name) is not None:
+            flags = ", ".join(f"--{option.replace('_', '-')}" for option in own)
+            raise ValueError(f"--{name.replace('_', '-')} is no option of this checkpoint, which has {flags}.")
+    given = {name: getattr(args, name) for name in (*own, "temperature", "top_p")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if family == "sage_music":
+        return {"bars": BARS, "prompt_bars": PROMPT_BARS, **given}
+    defaults = {"prompt_seconds": PROMPT_SECONDS, "max_note_seconds": MAX_NOTE_SECONDS}
+    # With a number of tokens alone the model ends the music, as in the sage-music command.
+    return {**defaults, "seconds": None if "max_tokens" in given else SECONDS, **given}
+
+
+def environment_number(name: str, default: int) -> int:
+    """What torchrun says of this process in the environment, or `default` where nothing does.
+
+    Raises:
+        ValueError: it is not a number.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} in the environment is not a number; torchrun sets it.") from None
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; of `None` this process' own GPU, or the CPU where there are none.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        local = environment_number("LOCAL_RANK", 0)
+        name = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def run(args: argparse.Namespace, rank: int, ranks: int) -> list[dict] | None:
+    """What the command does, in one process."""
+    torch.set_num_threads(args.threads)
+    midi_files(args.prompts)  # before the model loads: a wrong folder should not have to wait
+    model, tokenizer = load(args.model)
+    device = device_of(args.device)
+    options = family_options(args, model.config.model_type)
+    return continue_folder(
+        model.to(device), tokenizer, args.prompts, args.output, args.seed, rank, ranks, args.batch_size, **options
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code: 0, 2 for a wrong argument or input, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        records = run(args, environment_number("RANK", 0), environment_number("WORLD_SIZE", 1))
+    except (MissingExtraError, ValueError, OSError) as error:
+        print(f"sage_studio.generation.folder: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if records is not None:
+        errors = sum("error" in record for record in records)
+        print(f"wrote {args.output / 'manifest.jsonl'}: {len(records) - errors} prompts continued, {errors} refused")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

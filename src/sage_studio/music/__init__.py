@@ -1,0 +1,1 @@
+"""Notes, MIDI files, sound and pictures; no torch."""

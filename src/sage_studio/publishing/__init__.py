@@ -1,0 +1,1 @@
+"""From a checkpoint to the Hub: a complete repository, its card, the push, the endpoint's handler, the Space."""

@@ -1,0 +1,339 @@
+"""Model cards: the one of a fine-tuned checkpoint, and what is wrong with the metadata of any.
+
+The Hub validates a card's metadata only when it is sent, and some of it never: what `check_card` refuses has an error
+that names the field, before anything is written or sent.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
+
+from sage_studio.checkpoints.provenance import ProvenanceError, front_matter
+
+# License identifiers that the Hub knows (its documentation, "Licenses").
+LICENSES = frozenset(
+    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+    other""".split()
+)
+
+# Tasks that the Hub knows (`pipeline_tag`): those that music could be filed under come first.
+TASKS = frozenset(
+    """text-generation text-to-audio audio-to-audio other any-to-any audio-classification audio-text-to-text
+    automatic-speech-recognition depth-estimation document-question-answering feature-extraction fill-mask graph-ml
+    image-classification image-feature-extraction image-segmentation image-text-to-image image-text-to-text
+    image-text-to-video image-to-3d image-to-image image-to-text image-to-video keypoint-detection mask-generation
+    multiple-choice object-detection question-answering reinforcement-learning robotics sentence-similarity
+    summarization table-question-answering table-to-text tabular-classification tabular-regression tabular-to-text
+    text-classification text-ranking text-retrieval text-to-3d text-to-image text-to-speech text-to-video
+    text2text-generation time-series-forecasting token-classification translation unconditional-image-generation
+    video-classification video-text-to-text video-to-video visual-document-retrieval visual-question-answering
+    voice-activity-detection zero-shot-classification zero-shot-image-classification
+    zero-shot-object-detection""".split()
+)
+
+# Licenses that derivatives may leave for any other. All that is not here is kept, `other` and `unknown` too.
+PERMISSIVE = frozenset(
+    """apache-2.0 mit afl-3.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 etalab-2.0 isc odc-by openmdw-1.0
+    postgresql ncsa unlicense zlib pddl""".split()
+)
+
+# What a card's examples load, as the export writes it: the name of a repository.
+LOADED = re.compile(r"""pipeline\(\s*["']midi-continuation["'],\s*(?:model=)?["']([\w.-]+/[\w.-]+)["']""")
+# What a card says where the repository has no name yet.
+PLACEHOLDER = "USER/NAME"
+
+# Fields that are one word or one line.
+TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "new_version", "thumbnail")
+TEXTS += ("base_model_relation", "model_name")
+
+# What an example of a widget may give to the model.
+WIDGET_INPUTS = {"text", "src", "messages", "source_sentence", "structured_data", "table"}
+
+
+class CardError(ValueError):
+    """A card whose metadata is wrong. `str()` names the card, the field and what is wrong with it."""
+
+
+def check_card(text: str, name: str = "README.md") -> ModelCardData:
+    """The metadata of a model card, checked.
+
+    Args:
+        text: the card: YAML between two lines `---`, then Markdown.
+        name: of the card, for errors.
+
+    Raises:
+        CardError: no metadata, or a field that the Hub would refuse or misunderstand.
+    """
+    text = text.removeprefix("\ufeff")
+    try:
+        raw = front_matter(text, name)
+    except ProvenanceError as error:
+        raise CardError(str(error)) from error
+    if raw is None:
+        raise CardError(f"{name}: no metadata: a model card begins with YAML between two lines of ---.")
+    try:
+        data = ModelCard(text).data
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        field = "model-index" if "model" in str(error) or "eval" in str(error) else "metadata"
+        raise CardError(f"{name}: {field}: {' '.join(str(error).split())}") from error
+    for problem in _problems(data, raw):
+        raise CardError(f"{name}: {problem}")
+    return data
+
+
+def _problems(data: ModelCardData, raw: dict):
+    """What is wrong, as `field: what`; `raw` are the metadata before huggingface_hub puts them in order."""
+    for field in TEXTS:
+        if raw.get(field) is not None and not isinstance(raw[field], str):
+            yield f"{field}: {raw[field]!r} is no word."
+    if data.license is None:
+        yield "license: missing; it is an identifier such as apache-2.0."
+    elif data.license not in LICENSES:
+        yield f"license: {data.license!r} is no license of the Hub's; for one of your own, `other` and license_name."
+    elif data.license == "other" and not data.license_name:
+        yield "license_name: missing; license `other` needs a name."
+    if data.pipeline_tag is not None and data.pipeline_tag not in TASKS:
+        yield f"pipeline_tag: {data.pipeline_tag!r} is no task of the Hub's; text-generation is one."
+    new_version = raw.get("new_version")
+    if new_version is not None and not _is_repo_id(new_version):
+        yield f"new_version: {new_version!r} is no name on the Hub (user/name)."
+    for field in ("tags", "metrics"):
+        value = raw.get(field)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            yield f"{field}: {value!r} is no list of words."
+    for field in ("datasets", "base_model"):
+        for item in _listed(data.get(field)):
+            if not _is_repo_id(item):
+                yield f"{field}: {item!r} is no name on the Hub (user/name)."
+    for item in _listed(data.language):
+        if not isinstance(item, str) or not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", item):
+            yield f"language: {item!r} is no ISO 639 code."
+    yield from _widget_problems(data.get("widget"))
+    inference = data.get("inference")
+    if inference is not None and not isinstance(inference, bool):
+        if not isinstance(inference, dict) or not isinstance(inference.get("parameters", {}), dict):
+            yield "inference: is false, or has a mapping `parameters`."
+    for result in data.eval_results or []:
+        for field in ("task_type", "dataset_type", "dataset_name", "metric_type"):
+            if not isinstance(getattr(result, field), str):
+                yield f"model-index: {field.replace('_', '.')} {getattr(result, field)!r} is no word."
+        if isinstance(result.metric_value, bool) or not isinstance(result.metric_value, int | float):
+            yield f"model-index: the value of {result.metric_type} is {result.metric_value!r}, not a number."
+        elif not math.isfinite(result.metric_value):
+            yield f"model-index: the value of {result.metric_type} is {result.metric_value}."
+
+
+def _widget_problems(widget):
+    if widget is None:
+        return
+    if not isinstance(widget, list):
+        yield "widget: is a list of examples."
+        return
+    for number, example in enumerate(widget, 1):
+        if not isinstance(example, dict) or not WIDGET_INPUTS & example.keys():
+            yield f"widget: example {number} has no input (such as `text` or `src`)."
+        elif any(not isinstance(example.get(field, ""), str) for field in ("text", "src", "example_title", "group")):
+            yield f"widget: text, src, example_title and group of example {number} are texts."
+        elif not isinstance(example.get("output", {}), dict | list):
+            yield f"widget: the output of example {number} is a mapping, such as `text: ...` or `url: ...`."
+
+
+def _listed(value) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _is_repo_id(value) -> bool:
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
+
+
+def keeps_license(base: str, chosen: str) -> bool:
+    """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell.
+
+    Only what is known to be permissive lets others follow. A license that some derivatives may leave for a kindred one,
+    such as lgpl-3.0 for gpl-3.0, counts as kept too.
+    """
+    return chosen == base or base in PERMISSIVE
+
+
+def named(text: str, repo_id: str) -> str:
+    """A card of the repository `repo_id`: instead of the placeholder, and in blocks of code of another one's name."""
+    text = text.replace(PLACEHOLDER, repo_id)
+    loaded = LOADED.findall(text)
+    if not loaded or repo_id in loaded:
+        return text
+    older = re.compile(rf"(?<![\w./-]){re.escape(loaded[0])}(?![\w/-]|\.\w)")
+    return re.sub(r"```.*?```", lambda block: older.sub(repo_id, block[0]), text, flags=re.DOTALL)
+
+
+def make_card(
+    title: str,
+    repo_id: str,
+    config: PreTrainedConfig,
+    license: str,
+    license_name: str | None = None,
+    base: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    report: dict | None = None,
+) -> str:
+    """The card of a checkpoint that has none of its own, such as a fine-tuned one.
+
+    Args:
+        repo_id: name on the Hub, `user/name`, in the example.
+        base: the checkpoint it was trained from, as the text names it.
+        base_model, datasets: names on the Hub, for the metadata.
+        report: `report.json` of the training run.
+
+    It shows the samples beside it, between marks that `without_samples` knows.
+    """
+    perceivers = config.model_type == "perceivers"
+    family, paper = ("PerceiverS", "2411.08307") if perceivers else ("SAGE-Music", "2510.00395")
+    data = ModelCardData(
+        license=license,
+        license_name=license_name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "midi",
+            "music-generation",
+            "symbolic-music",
+            *(["piano", "perceivers"] if perceivers else ["sage-music"]),
+        ],
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        # It ends with a space: the stock pipeline puts what is new right behind it, and spaces part tokens.
+        widget=[{"text": "BOS " if perceivers else "BOS_None Bar_None TimeSig_4/4 ", "example_title": "From nothing"}],
+        model_name=title,
+        eval_results=_results(report),
+    )
+    asked = "prompt_seconds=20, seconds=60" if perceivers else "prompt_bars=4, bars=16"
+    about = [
+        "A model of expressive piano performance: it continues the beginning of a MIDI file."
+        if perceivers
+        else "A model of multi-track music: it continues the beginning of a MIDI file.",
+        f"The architecture is {family} ([arXiv {paper}](https://arxiv.org/abs/{paper})).",
+    ]
+    if base:
+        about.append(f"Its training began with the weights of {base}.")
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{' '.join(about)}",
+        f"""```python
+from transformers import pipeline
+
+pipe = pipeline("midi-continuation", model="{repo_id}", trust_remote_code=True)
+music = pipe("prompt.mid", {asked}, seed=0)
+with open("continuation.mid", "wb") as file:
+    file.write(music["midi"])
+```
+
+`trust_remote_code=True` runs the code in this repository: read it, and pin a `revision`. It needs
+`pip install -r requirements.txt`.""",
+    ]
+    parts.append(
+        "<!-- samples -->\n![The prompt and its continuation](samples/continuation.png)\n\n"
+        "[Prompt](samples/prompt.mid) · [continuation, MIDI](samples/continuation.mid) · "
+        "[continuation, audio](samples/continuation.wav)\n<!-- /samples -->"
+    )
+    parts.append(_model_section(config))
+    if report:
+        parts.append(_training_section(report))
+    parts.append(
+        f"""## Limits
+
+It knows the music that it was trained on, and no other; it may repeat parts of it. {
+            "Pedal is folded into durations, and times are on a grid of 10 ms."
+            if perceivers
+            else "Times are on the grid of its tokens; controllers, pitch bend and pedal have none."
+        }
+
+The license of the weights is
+`{license_name or license}`; the code in this repository is Apache-2.0."""
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def without_samples(text: str) -> str:
+    """A card without what stands between `<!-- samples -->` and `<!-- /samples -->`."""
+    return re.sub(r"<!-- samples -->.*?<!-- /samples -->\n*", "", text, flags=re.DOTALL)
+
+
+def _model_section(config: PreTrainedConfig) -> str:
+    rows = {
+        "layers": config.num_hidden_layers,
+        "hidden size": config.hidden_size,
+        "attention heads": config.num_attention_heads,
+        "vocabulary": config.vocab_size,
+        "context": f"{config.max_position_embeddings:,} tokens",
+    }
+    if config.model_type == "perceivers":
+        rows["latents"] = f"{config.num_latents:,}"
+    else:
+        rows["attention"] = f'`kv_routing="{config.kv_routing}"`'
+    return "## Model\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _training_section(report: dict) -> str:
+    splits = report.get("corpus", {}).get("splits", {})
+    lines = [
+        f"| {split} | {found.get('pieces', 0):,} | {found.get('notes', 0):,} | {found.get('tokens', 0):,} |"
+        for split, found in splits.items()
+    ]
+    text = f"## Training\n\n{report['parameters']:,} parameters"
+    if report.get("trainable_parameters", report["parameters"]) != report["parameters"]:
+        text += f", of which {report['trainable_parameters']:,} (an adapter's, merged into the weights) were trained"
+    text += f"; {report.get('steps', 0):,} steps."
+    if report.get("eval_nats_per_note") is not None:
+        text += f" Held-out music costs {report['eval_nats_per_note']:.3f} nats per note"
+        before = report.get("nats_per_note_before")
+        text += f" ({before:.3f} before training)." if before is not None else "."
+    if lines:
+        text += "\n\n| split | pieces | notes | tokens |\n|---|---|---|---|\n" + "\n".join(lines)
+    return text
+
+
+def _results(report: dict | None) -> list[EvalResult] | None:
+    if not report or report.get("eval_nats_per_note") is None:
+        return None
+    # Training counts the split that it learns from and the one that it measures on.
+    splits = list(report.get("corpus", {}).get("splits", {}))
+    split = next((name for name in splits if name != "train"), "train" if splits else "validation")
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="MIDI continuation",
+            dataset_type="midi",
+            dataset_name="held-out pieces of the training corpus",
+            dataset_split=split,
+            metric_type="nats_per_note",
+            metric_name="nats per note",
+            metric_value=round(report["eval_nats_per_note"], 4),
+        )
+    ]
+
+
+__all__ = [
+    "PLACEHOLDER",
+    "CardError",
+    "check_card",
+    "keeps_license",
+    "make_card",
+    "named",
+    "without_samples",
+]
