@@ -19,7 +19,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-from sage_studio.defaults import MAX_NOTE_SECONDS
+from sage_studio.defaults import MAX_NOTE_S
 from sage_studio.experiments import STUDIES
 from sage_studio.files import write_atomic
 from sage_studio.metrics.sets import FEATURES
@@ -76,7 +76,7 @@ def build(name: str, root: Path = HERE) -> str:
         "features": FEATURES,
         "row_of": row_of,
         "area": ("oa", "oa_low", "oa_high"),
-        "max_note_seconds": MAX_NOTE_SECONDS,
+        "max_note_seconds": MAX_NOTE_S,
         "version": _version(root),
         "repository": "USER/NAME",
     }

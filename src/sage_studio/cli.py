@@ -13,32 +13,28 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from sage_studio.corpus.command import add_arguments as add_preparation
 from sage_studio.corpus.command import run as prepare
-from sage_studio.defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from sage_studio.defaults import BARS, MAX_NOTE_S, MUSIC_S, PROMPT_BARS, PROMPT_S
 from sage_studio.errors import InvalidMidiError, MissingExtraError
 from sage_studio.evaluate import add_arguments as add_evaluation
 from sage_studio.evaluate import run as evaluate
 from sage_studio.experiments import add_arguments as add_experiment
 from sage_studio.experiments import run_command as experiment
 from sage_studio.experiments.study import StudyError
-from sage_studio.music.midi import describe, read_score, write_midi
+from sage_studio.families import PERCEIVERS, Family, family_of
+from sage_studio.music.midi import Prompt, describe, read_prompt, read_score, write_midi
 from sage_studio.music.notes import instrument_name
 from sage_studio.music.render import render_piano_roll, render_wav
 
 # Ways to decode faster: int8 weights, a compiled step, drafted tokens.
 FASTER = ("int8", "compile", "draft")
-
-# Families by model_type: the name, and the options that only this family has (their default is None: not given).
-FAMILIES = {
-    "sage_music": ("SAGE-Music", ("bars", "programs", "tempo", "time_signature", "prompt_bars", "free", *FASTER)),
-    "perceivers": ("PerceiverS", ("minutes", "max_tokens", "max_note_seconds", "prompt_seconds")),
-}
 
 JSON_LINES = "print one JSON object a note and a line, and a summary in the last"
 
@@ -114,12 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
             add("--tempo", type=float, help="quarter notes per minute, held throughout (default: the model's)")
             add("--time-signature", help="such as 3/4 (default: the model's, or 4/4 with --tempo)")
         add = sub.add_argument_group("PerceiverS").add_argument
-        add("--minutes", type=positive_float, help=f"length of the new music (default: {SECONDS / 60:g})")
+        add("--minutes", type=positive_float, help=f"length of the new music (default: {MUSIC_S / 60:g})")
         add("--max-tokens", type=positive_int, help="tokens to write at most; alone, the model ends the piece")
-        longest = f"end notes that sound so long; inf: never (default: {MAX_NOTE_SECONDS:g})"
+        longest = f"end notes that sound so long; inf: never (default: {MAX_NOTE_S:g})"
         add("--max-note-seconds", type=float, help=longest)
         if continues:
-            add("--prompt-seconds", type=positive_float, help=f"seconds to keep (default: {PROMPT_SECONDS:g})")
+            add("--prompt-seconds", type=positive_float, help=f"seconds to keep (default: {PROMPT_S:g})")
 
     sub = command("generate", run_generate, "Write a piece from nothing.")
     with_sampling(sub, continues=False)
@@ -190,30 +186,8 @@ def run_generate(args) -> dict:
 
 
 def run_continue(args) -> dict:
-    with warnings.catch_warnings(action="ignore"):  # they are said when the prompt is used
-        read_score(args.prompt)  # before the model loads: a wrong file should not have to wait
-    return _write_pieces(args, "continuation", args.prompt)
-
-
-def family_options(args, family: str) -> dict:
-    """The given options that only this family has, as arguments of its functions.
-
-    Raises:
-        ValueError: an option that only another family has.
-    """
-    for other, (name, options) in FAMILIES.items():
-        for option in options:
-            if other != family and getattr(args, option, None) is not None:
-                own_name, own = FAMILIES[family]
-                own = ", ".join(_flag(option) for option in own if hasattr(args, option))
-                raise ValueError(f"{_flag(option)} is an option of {name}; this checkpoint is {own_name}, with {own}.")
-    given = {option: getattr(args, option, None) for option in FAMILIES[family][1]}
-    given = {option: value for option, value in given.items() if value is not None}
-    if "minutes" in given:
-        given["seconds"] = 60 * given.pop("minutes")
-    elif "max_tokens" in given:
-        given["seconds"] = None
-    return given
+    # Read before the model loads: a wrong file should not have to wait.
+    return _write_pieces(args, "continuation", read_prompt(args.prompt))
 
 
 def _flag(option: str) -> str:
@@ -240,30 +214,28 @@ def _speed_up(model, options: dict) -> None:
         options["generate_options"] = generate_options
 
 
-def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
+def _plan(model, tokenizer, family: Family, prompt: Prompt | None, **options):
+    """A plan of a continuation, or, without a prompt, of a piece from nothing."""
+    if prompt is None:
+        return family.load("begin")(model, tokenizer, **options)
+    return family.load("plan")(model, tokenizer, prompt, **options)
+
+
+def _write_pieces(args, name: str, prompt: Prompt | None = None) -> dict:
     from tqdm import tqdm
 
     from sage_studio.checkpoints import load
 
     _set_threads(args)
     model, tokenizer = load(args.model)
-    by_seconds = model.config.model_type == "perceivers"
-    options = family_options(args, model.config.model_type)
-    if by_seconds:
-        from sage_studio.generation.seconds import continue_performance as go_on
-        from sage_studio.generation.seconds import generate_performance as begin
-
-        total = options.get("seconds", SECONDS)
-    else:
-        from sage_studio.generation.bars import continue_score as go_on
-        from sage_studio.generation.bars import generate_piece as begin
-
-        total = options.get("bars", BARS)
-        _speed_up(model, options)
-    write = partial(begin, model, tokenizer) if prompt is None else partial(go_on, model, tokenizer, prompt)
+    family = family_of(model)
+    options = family.given(args)
+    _speed_up(model, options)
+    plan = _plan(model, tokenizer, family, prompt, temperature=args.temperature, top_p=args.top_p, **options)
+    total = getattr(plan, family.length)
     bar_options = {
         "total": None if total is None else round(total),
-        "unit": "s" if by_seconds else "bar",
+        "unit": "bar" if family.counts_bars else "s",
         "leave": False,
         "disable": not sys.stderr.isatty(),
     }
@@ -277,47 +249,40 @@ def _write_pieces(args, name: str, prompt: Path | None = None) -> dict:
                 bar.set_postfix_str(f"{notes / max(bar.format_dict['elapsed'], 1e-9):.0f} notes/s", refresh=False)
                 bar.update(int(done) - bar.n)
 
-            piece = write(
-                temperature=args.temperature,
-                top_p=args.top_p,
-                seed=args.seed + index,
-                progress=progress,
-                **options,
-            )
+            piece = replace(plan, seed=args.seed + index, progress=progress).write()
         files = [write_midi(path, piece.score)]
         if args.wav:
             files.append(render_wav(path.with_suffix(".wav"), piece.score))
-        end = piece.prompt_seconds if by_seconds else piece.prompt_end_s
         if args.png:
-            files.append(render_piano_roll(path.with_suffix(".png"), piece.score, end or None, in_seconds=by_seconds))
-        counts = ("prompt_seconds", "tokens") if by_seconds else ("prompt_bars", "bars")
-        pieces.append(
-            {
-                "files": [str(file) for file in files],
-                "seed": args.seed + index,
-                **_counted(piece, counts),
-            }
-        )
+            end = piece.prompt_end_s or None
+            in_seconds = not family.counts_bars
+            files.append(render_piano_roll(path.with_suffix(".png"), piece.score, end, in_seconds=in_seconds))
+        counted = _counted(piece, plan)
+        pieces.append({"files": [str(file) for file in files], "seed": args.seed + index, **counted})
         if not args.json:
             for remark in piece.remarks:
                 print(f"note: {remark}", file=sys.stderr)
             print(f"wrote {', '.join(map(str, files))}")
+            length = "bars" if family.counts_bars else "tokens"
             print(
-                f"  {getattr(piece, counts[1])} {counts[1]}, {piece.notes} notes, {piece.music_seconds:.1f} s of music "
-                f"in {piece.seconds:.1f} s: {piece.notes_per_second:.0f} notes/s"
+                f"  {counted[length]} {length}, {piece.notes} notes, {piece.music_s:.1f} s of music "
+                f"in {piece.elapsed_s:.1f} s: {piece.notes_per_second:.0f} notes/s"
             )
             print(f"  {', '.join(describe(piece.score))}")
     return {"pieces": pieces}
 
 
-def _counted(piece, counts: tuple[str, ...]) -> dict:
-    """What `--json` says of a piece, its family's own `counts` first."""
+def _counted(piece, plan) -> dict:
+    """What `--json` says of a piece, its family's own counts first."""
+    own = {"prompt_end_s": piece.prompt_end_s, "tokens": piece.tokens}
+    if piece.bars is not None:
+        own = {"prompt_bars": plan.prompt_bars, "bars": piece.bars}
     return {
-        **{count: getattr(piece, count) for count in counts},
+        **own,
         "notes": piece.notes,
-        "seconds": round(piece.seconds, 3),
+        "elapsed_s": round(piece.elapsed_s, 3),
         "notes_per_second": round(piece.notes_per_second, 1),
-        "music_seconds": round(piece.music_seconds, 3),
+        "music_s": round(piece.music_s, 3),
         "instruments": describe(piece.score),
         "remarks": piece.remarks,
     }
@@ -329,34 +294,37 @@ def run_stream(args) -> dict:
         if getattr(args, option) is not None:
             hint = "give a PROMPT.mid" if begins else "the prompt has its own; --free lets the model change them"
             raise ValueError(f"{_flag(option)} is for music {'after a' if begins else 'without a'} prompt: {hint}.")
-    if not begins:
-        with warnings.catch_warnings(action="ignore"):
-            read_score(args.prompt)
+    began = time.perf_counter()
+    prompt = None if begins else read_prompt(args.prompt)
+    reading_s = time.perf_counter() - began
     from sage_studio.checkpoints import load
-    from sage_studio.generation.stream import latency_report, stream_continuation, stream_piece
+    from sage_studio.generation.stream import latency_report
 
     _set_threads(args)
     model, tokenizer = load(args.model)
-    if model.config.model_type != "sage_music":
-        raise ValueError("stream needs a SAGE-Music checkpoint; this one is PerceiverS: use continue or generate.")
+    family = family_of(model)
+    if not family.counts_bars:
+        raise ValueError(f"stream needs a SAGE-Music checkpoint; this one is {family.name}: use continue or generate.")
     names = ("bars", "programs", "temperature", "top_p", "seed")
     names += ("tempo", "time_signature") if begins else ("prompt_bars", "free")
     options = {name: getattr(args, name) for name in (*names, *FASTER) if getattr(args, name) is not None}
     _speed_up(model, options)
     if args.compile:
         print("compiling ...", file=sys.stderr)
-        with stream_piece(model, tokenizer, bars=1, generate_options=options["generate_options"]) as warm_up:
-            next(iter(warm_up), None)
+        warm_up = {"bars": 1, "generate_options": options["generate_options"]}
+        with _plan(model, tokenizer, family, None, **warm_up).stream() as stream:
+            next(iter(stream), None)
     notes = []
     if not args.json:
         print(NOTE_HEADER, flush=True)
-    begin = stream_piece if begins else partial(stream_continuation, prompt=args.prompt)
-    with begin(model, tokenizer, **options) as stream:
+    began = time.perf_counter() - reading_s
+    plan = _plan(model, tokenizer, family, prompt, **options)
+    with plan.stream(began) as stream:
         for note in stream:
             print(json.dumps(asdict(note)) if args.json else _note_line(note), flush=True)
             notes.append(note)
         piece = stream.piece
-    report = latency_report([note.onset_seconds for note in notes], [note.wall_seconds for note in notes])
+    report = latency_report([note.onset_s for note in notes], [note.elapsed_s for note in notes])
     files = [] if args.out is None else [str(write_midi(args.out, piece.score))]
     if not args.json:
         for remark in piece.remarks:
@@ -368,7 +336,7 @@ def run_stream(args) -> dict:
     return {
         "files": files,
         "seed": args.seed,
-        **_counted(piece, ("prompt_bars", "bars")),
+        **_counted(piece, plan),
         "latency": report,
     }
 
@@ -379,8 +347,8 @@ NOTE_HEADER = " bar     onset  length     at s  for s pitch vel  came s  instrum
 
 def _note_line(note) -> str:
     quarters = f"{note.onset:>9.3f} {note.duration:>7.3f}"
-    seconds = f"{note.onset_seconds:>8.3f} {note.duration_seconds:>6.3f}"
-    rest = f"{note.pitch:>5} {note.velocity:>3} {note.wall_seconds:>7.3f}  {instrument_name(note.program)}"
+    seconds = f"{note.onset_s:>8.3f} {note.duration_s:>6.3f}"
+    rest = f"{note.pitch:>5} {note.velocity:>3} {note.elapsed_s:>7.3f}  {instrument_name(note.program)}"
     return f"{note.bar:>4} {quarters} {seconds} {rest}"
 
 
@@ -430,17 +398,17 @@ def run_info(args) -> dict:
     from sage_studio.checkpoints import load
 
     model, tokenizer = load(args.model)
-    family_info = _info_perceivers if model.config.model_type == "perceivers" else _info_sage_music
+    family = family_of(model)
     info = {
         "model": args.model or "bundled",
-        "family": FAMILIES[model.config.model_type][0],
+        "family": family.name,
         "parameters": model.num_parameters(),
         "layers": model.config.num_hidden_layers,
         "hidden_size": model.config.hidden_size,
         "query_heads": model.config.num_attention_heads,
         "context": model.config.max_position_embeddings,
         "vocabulary": tokenizer.vocab_size,
-        **family_info(model, tokenizer),
+        **family.load("summary")(model, tokenizer),
     }
     if not args.json:
         for key, value in info.items():
@@ -459,50 +427,9 @@ def _shown(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _info_sage_music(model, tokenizer) -> dict:
-    config = model.config
-    types: dict[str, int] = {}
-    for token in tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size)):
-        kind = token.split("_")[0] if "+" not in token else "merged"
-        types[kind] = types.get(kind, 0) + 1
-    heads = config.query_heads_per_attribute or [config.num_attention_heads] * len(config.attribute_names)
-    row = 2 * config.head_dim * next(model.parameters()).element_size() * config.num_hidden_layers
-    return {
-        "token_types": types,
-        "key_value_heads_per_token": config.num_key_value_heads,
-        "kv_routing": config.kv_routing,
-        "attribute_groups": {
-            name: {"tokens": config.token_attribute_ids.count(index), "query_heads": heads[index]}
-            for index, name in enumerate(config.attribute_names)
-        },
-        "cache_bytes_per_token": config.num_key_value_heads * row,
-        "cache_bytes_per_token_full_heads": config.num_attention_heads * row,
-    }
-
-
-def _info_perceivers(model, tokenizer) -> dict:
-    from perceivers import PerceiverSCache
-
-    config = model.config
-    grammar = tokenizer.config_fields()["grammar"]
-    kinds = {kind: grammar[kind][1] - grammar[kind][0] for kind in ("note_on", "note_off", "time_shift", "velocity")}
-    # Keys and values of one position in one layer.
-    row = 2 * config.num_attention_heads * config.head_dim * next(model.parameters()).element_size()
-    return {
-        "token_types": {**kinds, "special": tokenizer.vocab_size - sum(kinds.values())},
-        "latents": config.num_latents,
-        "cross_layers": len(config.cross_scales),
-        "cross_scales": config.cross_scales,
-        "scale_mask": config.scale_mask,
-        "refill_length": PerceiverSCache(config, getattr(model.generation_config, "refill_length", None)).refill_length,
-        "cross_cache_bytes_per_token": len(config.cross_scales) * row,
-        "latent_cache_bytes": config.num_latents * config.num_hidden_layers * row,
-    }
-
-
 def run_bench(args) -> dict:
     _set_threads(args)
-    if args.model == "perceivers":  # no checkpoint is read
+    if args.model == PERCEIVERS.checkpoint:  # no checkpoint is read
         return _bench_perceivers(args)
     if args.paper or args.memory:
         raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
@@ -520,10 +447,9 @@ def run_bench(args) -> dict:
         from sage_studio.checkpoints import load
 
         if args.prompt:
-            with warnings.catch_warnings(action="ignore"):
-                read_score(args.prompt)
+            read_prompt(args.prompt)
         model, tokenizer = load(args.model)
-        if model.config.model_type == "perceivers":
+        if not family_of(model).counts_bars:
             return _bench_perceivers(args)
         result = _bench_sage_music(args, model, tokenizer)
     if args.figure:
@@ -543,7 +469,7 @@ def _bench_trainer(args) -> dict:
     from sage_studio.checkpoints import load
 
     model, tokenizer = load(args.model)
-    if model.config.model_type != "sage_music":
+    if not family_of(model).counts_bars:
         raise ValueError("--trainer measures a SAGE-Music checkpoint; this one is PerceiverS.")
     sizes = {"context": (args.contexts or [1024])[0], "batch": (args.batch or [4])[0]}
     result = compare_trainer(model, tokenizer, rounds=args.rounds, **sizes)

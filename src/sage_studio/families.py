@@ -87,6 +87,36 @@ class Family:
         """Whether its music is counted in bars, not in seconds."""
         return self.unit == "bars"
 
+    @property
+    def command_line(self) -> dict[str, str]:
+        """Options of the command line that only this family has: the argument of its functions that each one is."""
+        own = {option.flag or name: name for name, option in self.options.items()}
+        return own | {flag: flag for flag in self.flags}
+
+    def given(self, args: Any) -> dict[str, Any]:
+        """Those of a command line's options that only this family has, as arguments of its functions.
+
+        Args:
+            args: an argparse.Namespace; an option that is None was not given.
+
+        Raises:
+            ValueError: an option that only another family has.
+        """
+        own = self.command_line
+        for other in FAMILIES.values():
+            for flag in other.command_line:
+                if flag not in own and getattr(args, flag, None) is not None:
+                    known = ", ".join(_flag(name) for name in own if hasattr(args, name))
+                    is_of = f"{_flag(flag)} is an option of {other.name}"
+                    raise ValueError(f"{is_of}; this checkpoint is {self.name}, with {known}.")
+        found = {name: getattr(args, flag, None) for flag, name in own.items()}
+        found = {name: value for name, value in found.items() if value is not None}
+        if "minutes" in found:
+            found[self.length] = 60 * found.pop("minutes")
+        elif "max_tokens" in found:
+            found.setdefault(self.length, None)  # with a number of tokens alone the model ends the music
+        return found
+
     def load(self, name: str) -> Any:
         """What the path in the field `name` names."""
         return _named(getattr(self, name))
@@ -100,6 +130,10 @@ class Family:
     def pretrained(self) -> Path:
         """The folder of its bundled checkpoint, which need not be installed."""
         return _named(self.folder)
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _named(path: str) -> Any:

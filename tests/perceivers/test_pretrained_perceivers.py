@@ -27,14 +27,14 @@ def test_it_is_small_and_complete(loaded):
 def test_ten_seconds_come_faster_than_they_play(loaded):
     model, tokenizer = loaded
     assert isinstance(model, PerceiverSForCausalLM)
-    performance = generate_performance(model, tokenizer, seconds=10, seed=0)
-    assert performance.music_seconds == 10 and performance.ids[-1] == tokenizer.eos_token_id
-    assert performance.seconds < 10
+    performance = generate_performance(model, tokenizer, music_s=10, seed=0)
+    assert performance.music_s == 10 and performance.ids[-1] == tokenizer.eos_token_id
+    assert performance.elapsed_s < 10
 
 
 def test_a_long_piece_is_valid_across_refills(loaded):
     model, tokenizer = loaded
-    performance = generate_performance(model, tokenizer, seconds=None, max_tokens=2200, seed=1)
+    performance = generate_performance(model, tokenizer, music_s=None, max_tokens=2200, seed=1)
     texts = tokenizer.convert_ids_to_tokens(performance.ids)
     struck, ended = (sum(text.startswith(kind) for text in texts) for kind in ("NOTE_ON", "NOTE_OFF"))
     assert struck == ended == performance.score.note_num() == performance.notes > 50

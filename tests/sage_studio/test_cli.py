@@ -51,8 +51,8 @@ def test_continue_a_performance(capsys, tmp_path, perceivers):
     piece = json.loads(text)["pieces"][0]
     assert [Path(file).suffix for file in piece["files"]] == [".mid", ".wav", ".png"]
     assert all(Path(file).stat().st_size > 100 for file in piece["files"])
-    assert (piece["prompt_seconds"], piece["music_seconds"], piece["seed"]) == (4.5, 3.0, 0)
-    assert piece["notes"] > 0 and piece["tokens"] > 0 and piece["notes_per_second"] > 0 and piece["seconds"] > 0
+    assert (piece["prompt_end_s"], piece["music_s"], piece["seed"]) == (4.5, 3.0, 0)
+    assert piece["notes"] > 0 and piece["tokens"] > 0 and piece["notes_per_second"] > 0 and piece["elapsed_s"] > 0
     total = read_score(out).note_num()
     assert piece["instruments"] == [f"Acoustic Grand Piano ({total} notes)"] and total > piece["notes"]
     assert "drum notes are left out" in " ".join(piece["remarks"])
@@ -67,7 +67,7 @@ def test_generate_performances(capsys, tmp_path, perceivers):
         options = ["--model", perceivers, "--max-tokens", 60, "--seed", 3, "--num", 2, "--top-p", 0.9]
         code, text, _ = run(capsys, "generate", *options, "--out", tmp_path / folder / "g.mid", "--json")
         pieces = json.loads(text)["pieces"]
-        assert code == 0 and all(0 < piece["tokens"] <= 60 and piece["prompt_seconds"] == 0 for piece in pieces)
+        assert code == 0 and all(0 < piece["tokens"] <= 60 and piece["prompt_end_s"] == 0 for piece in pieces)
         files.append([Path(piece["files"][0]) for piece in pieces])
     assert [file.name for file in files[0]] == ["g-1.mid", "g-2.mid"]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
@@ -98,7 +98,7 @@ def test_options_of_perceivers_are_refused_elsewhere(capsys, tmp_path):
     for argv in (["--minutes", 1], ["--max-tokens", 9], ["--prompt-seconds", 3, "--bars", 2]):
         code, text, err = run(capsys, "continue", EXAMPLES / "saints.mid", *argv, "--out", tmp_path / "x.mid")
         assert code == 2 and text == "" and not (tmp_path / "x.mid").exists()
-        assert f"{argv[0]} is an option of PerceiverS; this checkpoint is SAGE-Music, with --bars" in err
+        assert f"{argv[0]} is an option of PerceiverS; this checkpoint is SAGE-Music, with --prompt-bars, --bars" in err
 
 
 def test_generate_several_with_seeds(capsys, tmp_path):

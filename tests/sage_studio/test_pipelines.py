@@ -52,23 +52,23 @@ def seconds():
 @pytest.fixture(params=["bars", "seconds"])
 def either(request):
     """A pipeline of each family, with options of a short piece."""
-    options = {"bars": {"bars": 1, "prompt_bars": 2}, "seconds": {"seconds": 1.5, "prompt_seconds": 3}}
+    options = {"bars": {"bars": 1, "prompt_bars": 2}, "seconds": {"music_s": 1.5, "prompt_s": 3}}
     return request.getfixturevalue(request.param), options[request.param]
 
 
 def test_the_family_is_that_of_the_model(bars, seconds):
-    assert isinstance(bars, sage_studio.pipelines.SageMusicContinuationPipeline)
-    assert isinstance(seconds, sage_studio.pipelines.PerceiverSContinuationPipeline)
-    with pytest.raises(ValueError, match="sage_music, not 'perceivers'"):
-        sage_studio.pipelines.SageMusicContinuationPipeline(seconds.model, seconds.tokenizer)
+    assert isinstance(bars, sage_studio.pipelines.pipeline_class("sage_music"))
+    assert isinstance(seconds, sage_studio.pipelines.pipeline_class("perceivers"))
+    with pytest.raises(ValueError, match="SAGE-Music's; the model is PerceiverS's"):
+        sage_studio.pipelines.pipeline_class("sage_music")(seconds.model, seconds.tokenizer)
 
 
 def test_a_result_holds_midi_and_its_notes(either):
     pipe, options = either
     result = pipe(MIDI, seed=4, **options)
-    assert set(result) == {"midi", "notes", "prompt_end_s", "new_notes", "seconds", "seed", "remarks"}
+    assert set(result) == {"midi", "notes", "prompt_end_s", "new_notes", "elapsed_s", "seed", "remarks"}
     notes = read_notes(result["midi"])
-    assert len(notes) == len(result["notes"]) and result["seed"] == 4 and result["seconds"] > 0
+    assert len(notes) == len(result["notes"]) and result["seed"] == 4 and result["elapsed_s"] > 0
     assert np.allclose(notes["onset_s"], result["notes"]["onset_s"], atol=2e-3)
     assert 2 < result["prompt_end_s"] <= 4 and result["new_notes"] > 0
     for music in (notes, result["notes"]):
@@ -95,12 +95,12 @@ def test_bars_are_those_of_continue_score(bars):
 
 
 def test_seconds_are_those_of_continue_performance(seconds):
-    result = seconds(MIDI, prompt_seconds=3, seconds=2, seed=7, top_p=0.9, max_note_seconds=1)
+    result = seconds(MIDI, prompt_s=3, music_s=2, seed=7, top_p=0.9, max_note_s=1)
     piece = continue_performance(
-        seconds.model, seconds.tokenizer, MIDI, prompt_seconds=3, seconds=2, seed=7, top_p=0.9, max_note_seconds=1
+        seconds.model, seconds.tokenizer, MIDI, prompt_s=3, music_s=2, seed=7, top_p=0.9, max_note_s=1
     )
     assert result["midi"] == piece.score.dumps_midi() and result["remarks"] == piece.remarks
-    few = seconds(MIDI, prompt_seconds=3, seconds=None, max_tokens=20, seed=7)
+    few = seconds(MIDI, prompt_s=3, music_s=None, max_tokens=20, seed=7)
     assert 0 < few["new_notes"] < 20
 
 
@@ -173,7 +173,7 @@ def test_what_the_model_cannot_continue_is_named(bars, seconds):
     chord.tracks[0].notes.extend([Note(0, 9600, pitch, 80) for pitch in range(40, 80)])
     for pipe, prompt, words, options in (
         (bars, dense, "a single bar holds more than the context", {"bars": 1}),
-        (seconds, chord, "max_tokens 9 cannot end the 40 notes", {"prompt_seconds": 1, "max_tokens": 9}),
+        (seconds, chord, "max_tokens 9 cannot end the 40 notes", {"prompt_s": 1, "max_tokens": 9}),
     ):
         data = prompt.dumps_midi()
         for size in (1, 3):
@@ -232,14 +232,14 @@ def test_options_of_bars_are_checked(bars, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"programs": [200]}, {"programs": "drums"}, {"free": "no"}, {"seconds": 3}], ids=str
+    "options", [{"programs": [200]}, {"programs": "drums"}, {"free": "no"}, {"music_s": 3}], ids=str
 )
 def test_other_options_of_bars_are_checked(bars, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         bars(MIDI, **options)
 
 
-@pytest.mark.parametrize("options", [{"seconds": -1}, {"seconds": "3"}, {"max_tokens": 0}, {"bars": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"music_s": -1}, {"music_s": "3"}, {"max_tokens": 0}, {"bars": 4}], ids=str)
 def test_options_of_seconds_are_checked(seconds, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         seconds(MIDI, **options)
@@ -257,8 +257,8 @@ def test_options_may_be_numpy_s(bars, seconds):
     assert result["midi"] == expected["midi"] and json.dumps(result["seed"]) == "5"
     several = bars([MIDI] * 2, batch_size=np.int64(2), bars=1, prompt_bars=2, seed=np.arange(5, 7))
     assert [result["seed"] for result in several] == [5, 6]
-    short = {"seconds": np.float32(1.5), "prompt_seconds": np.float64(3), "seed": np.uint8(5)}
-    assert seconds(MIDI, **short)["midi"] == seconds(MIDI, seconds=1.5, prompt_seconds=3, seed=5)["midi"]
+    short = {"music_s": np.float32(1.5), "prompt_s": np.float64(3), "seed": np.uint8(5)}
+    assert seconds(MIDI, **short)["midi"] == seconds(MIDI, music_s=1.5, prompt_s=3, seed=5)["midi"]
 
 
 def test_options_of_the_pipeline_hold_for_its_calls(bars):
@@ -294,7 +294,7 @@ def test_several_seeds_of_one_prompt(either):
     pipe, options = either
     results = pipe([MIDI] * 3, batch_size=3, seed=1, **options)
     assert len({result["midi"] for result in results}) == 3
-    assert len({result["seconds"] for result in results}) == 1  # written at once
+    assert len({result["elapsed_s"] for result in results}) == 1  # written at once
 
 
 def test_seeds_must_fit_the_inputs(bars):
@@ -329,7 +329,7 @@ def test_without_a_seed_torch_s_own_decides(bars):
 def test_seeds_hold_in_threads(bars, seconds):
     """Both families at once: one torch has one random state."""
     jobs = [(bars, {"bars": 1, "prompt_bars": 2, "seed": seed}) for seed in range(3)]
-    jobs += [(seconds, {"seconds": 1, "prompt_seconds": 2, "seed": seed}) for seed in range(3)]
+    jobs += [(seconds, {"music_s": 1, "prompt_s": 2, "seed": seed}) for seed in range(3)]
     jobs += [(bars, {"bars": 1, "prompt_bars": 2, "seed": 9, "generate_options": {"use_cache": True}})]
 
     def midi(job):
@@ -343,7 +343,7 @@ def test_seeds_hold_in_threads(bars, seconds):
 
 def test_a_time_limit_keeps_whole_bars(bars):
     result = bars([MIDI, MIDI], batch_size=2, bars=200, seed=0, time_limit=1.0)[0]
-    assert result["seconds"] < 10
+    assert result["elapsed_s"] < 10
     (remark,) = [remark for remark in result["remarks"] if "time limit of 1 s ended the piece after" in remark]
     kept = int(remark.split("after ")[1].split(" of 200 bars")[0])
     assert end_s(result["notes"]) < 2 * (4 + kept + 4)
@@ -352,8 +352,8 @@ def test_a_time_limit_keeps_whole_bars(bars):
 
 
 def test_a_time_limit_ends_seconds(seconds):
-    result = seconds(MIDI, prompt_seconds=3, seconds=500, seed=0, time_limit=0.5)
-    assert result["seconds"] < 10 and any("time limit of 0.5 s" in remark for remark in result["remarks"])
+    result = seconds(MIDI, prompt_s=3, music_s=500, seed=0, time_limit=0.5)
+    assert result["elapsed_s"] < 10 and any("time limit of 0.5 s" in remark for remark in result["remarks"])
 
 
 # ---- exports
@@ -362,7 +362,7 @@ def test_a_time_limit_ends_seconds(seconds):
 def test_an_export_s_weights_run_in_the_installed_code(either, tmp_path):
     """By name Transformers wants the flag, for the repository's own pipeline; of objects it asks for none."""
     pipe, options = either
-    folder = export(pipe.model_type.replace("_", "-"), tmp_path / "hub", samples=False)
+    folder = export(pipe.family.checkpoint, tmp_path / "hub", samples=False)
     with pytest.raises(ValueError, match="trust_remote_code"):
         pipeline("midi-continuation", model=str(folder), device="cpu")
     model, tokenizer = load(folder)
@@ -392,7 +392,7 @@ def test_missing_sound_is_said_before_anything_is_written(bars, monkeypatch):
 def test_other_dtypes(family):
     pipe = pipeline("midi-continuation", model=str(family.PRETRAINED), device="cpu", dtype="bfloat16")
     assert pipe.dtype == torch.bfloat16
-    options = {"bars": 1} if family is sage_music else {"seconds": 1, "prompt_seconds": 3}
+    options = {"bars": 1} if family is sage_music else {"music_s": 1, "prompt_s": 3}
     assert pipe([MIDI, MIDI], batch_size=2, seed=0, **options)[1]["prompt_end_s"] > 2
 
 
@@ -425,6 +425,6 @@ def test_a_pipeline_with_its_own_code_saves_that_too(bars, tmp_path):
         assert run.returncode == 0, run.stderr[-2000:]
         digests.append(run.stdout.split())
     info = json.loads((tmp_path / "again" / "config.json").read_text())["custom_pipelines"]["midi-continuation"]
-    assert info["impl"] == "sage_studio_pipelines_bars.SageMusicContinuationPipeline"
+    assert info["impl"] == "midi_continuation.MidiContinuationPipeline"
     assert info["pt"] == ["AutoModelForCausalLM"]
     assert digests[0] == digests[1]

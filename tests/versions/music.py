@@ -22,14 +22,14 @@ import sage_music
 import sage_studio.pipelines  # noqa: F401 (registers the pipeline)
 from sage_studio.checkpoints import load
 from sage_studio.cli import main
-from sage_studio.generation.stream import stream_continuation
+from sage_studio.generation.bars import plan_continuation
 from sage_studio.publishing.export import export
 
 PROMPT = Path(__file__).resolve().parents[2] / "examples" / "saints.mid"
 # Of the command line; and, of the pipeline and the endpoint, by name.
 SHORT = {
     "sage-music": (["--bars", "8"], ["--prompt-bars", "4"], {"prompt_bars": 4, "bars": 8}),
-    "perceivers": (["--minutes", "0.2"], ["--prompt-seconds", "5"], {"prompt_seconds": 5, "seconds": 12}),
+    "perceivers": (["--minutes", "0.2"], ["--prompt-seconds", "5"], {"prompt_s": 5, "music_s": 12}),
 }
 FASTER = {"int8": ["--int8"], "draft": ["--draft"]}
 
@@ -52,8 +52,8 @@ def pieces(folder: Path):
         yield f"{family} continue", command(folder, "continue", str(PROMPT), *model, *length, *kept)
         if name == "sage-music":
             yield f"{family} stream", command(folder, "stream", str(PROMPT), *length, *kept)
-            with stream_continuation(*load(), PROMPT, bars=4, seed=1) as stream:
-                notes = [(note.program, note.pitch, round(note.onset_seconds, 6)) for note in stream]
+            with plan_continuation(*load(), PROMPT, bars=4, seed=1).stream() as stream:
+                notes = [(note.program, note.pitch, round(note.onset_s, 6)) for note in stream]
             yield f"{family} notes of a stream", json.dumps(notes).encode()
             for way, option in FASTER.items():
                 yield f"{family} {way}", command(folder, "continue", str(PROMPT), *option, *length, *kept)

@@ -43,7 +43,7 @@ from sage_music import (
     quantize_int8,
 )
 from sage_music.arguments_sage_music import CACHE_NAME
-from sage_studio.generation.bars import _window
+from sage_studio.generation.bars import window
 from sage_studio.generation.sampling import sampling_options, seeded
 
 CONTEXTS, BATCHES = (512, 2048, 8192), (1, 16)
@@ -157,7 +157,7 @@ def written_ids(model, tokenizer: SageMusicTokenizer, length: int, prompt: "str 
     context = model.config.max_position_embeddings
     with seeded(0):
         while len(ids) < length:
-            heard = _window(model, tokenizer, ids)[0].ids
+            heard = window(model, tokenizer, ids).ids
             new = min(length - len(ids), context - len(heard))
             output = model.generate(
                 torch.tensor([heard], device=model.device),

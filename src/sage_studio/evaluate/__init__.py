@@ -21,7 +21,7 @@ Modules: `continuation`, `sets` and `likelihood` are the tasks; `pieces` chooses
 import argparse
 from pathlib import Path
 
-from sage_studio.defaults import BARS, PROMPT_BARS, SECONDS
+from sage_studio.defaults import BARS, MUSIC_S, PROMPT_BARS
 from sage_studio.metrics.densities import MODES
 
 from .continuation import continuation_scores, evaluate_continuations
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--write-prompts", type=Path, metavar="FOLDER", help="write the prompts as MIDI files, for other systems")
     add = parser.add_argument_group("set").add_argument
     add("--mode", choices=MODES, help=f"of KLD and OA (default: {MODES[0]})")
-    add("--seconds", type=float, help=f"length of PerceiverS' pieces (default: {SECONDS:g})")
+    add("--seconds", type=float, help=f"length of PerceiverS' pieces (default: {MUSIC_S:g})")
     add("--max-tokens", type=int, help="tokens of PerceiverS' pieces at most; alone, the model ends the piece")
     add("--cut-seconds", type=float, help="look at the first so many seconds of every piece, human or not")
     add("--references", type=int, help="human pieces (default: all)")

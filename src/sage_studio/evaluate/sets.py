@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 
-from sage_studio.defaults import BARS, SECONDS
+from sage_studio.defaults import BARS, MUSIC_S
 from sage_studio.errors import InvalidMidiError
 from sage_studio.files import midi_files
 from sage_studio.metrics import bar_grid, bootstrap_difference, describe_piece, steady_grid
@@ -257,7 +257,7 @@ def evaluate_sets(
     num: int = NUM,
     references: int | None = None,
     bars: int = BARS,
-    seconds: float | None = SECONDS,
+    seconds: float | None = MUSIC_S,
     max_tokens: int | None = None,
     cut_seconds: float | None = None,
     seed: int = 0,

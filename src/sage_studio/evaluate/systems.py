@@ -15,7 +15,7 @@ from pathlib import Path
 
 from symusic import Score
 
-from sage_studio.defaults import BARS, PROMPT_BARS, SECONDS
+from sage_studio.defaults import BARS, MUSIC_S, PROMPT_BARS
 from sage_studio.files import MIDI_SUFFIXES, midi_files
 from sage_studio.music.midi import bar_times
 
@@ -137,7 +137,7 @@ class CheckpointWriter:
     checkpoint: str
     bars: int = BARS
     prompt_bars: int = PROMPT_BARS
-    seconds: float | None = SECONDS
+    seconds: float | None = MUSIC_S
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -19,7 +19,7 @@ from perceivers import NoteDurationLogitsProcessor, PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
 from sage_music.arguments_sage_music import CACHE_NAME
 from sage_studio.bench.decoding import cache_bytes, stock_llama, token_seconds
-from sage_studio.defaults import MAX_NOTE_SECONDS, PROMPT_BARS
+from sage_studio.defaults import MAX_NOTE_S, PROMPT_BARS
 from sage_studio.evaluate.continuation import PARTS, continuation_scores
 from sage_studio.evaluate.likelihood import WINDOW, PieceLikelihood
 from sage_studio.evaluate.pieces import by_key, seed_of, shuffled, unusable
@@ -189,7 +189,7 @@ def _write_from_nothing(run: Run, model, tokenizer, pieces: int, tokens: int) ->
             rows = model.generate(
                 torch.full((pieces, 1), tokenizer.bos_token_id),
                 max_new_tokens=tokens - 1,
-                logits_processor=LogitsProcessorList([NoteDurationLogitsProcessor(model.config, MAX_NOTE_SECONDS)]),
+                logits_processor=LogitsProcessorList([NoteDurationLogitsProcessor(model.config, MAX_NOTE_S)]),
                 **sampling_options(None, None),
             )
         for path, row in zip(files.values(), rows, strict=True):

@@ -1,4 +1,4 @@
-"""Music from a checkpoint: unprompted pieces and continuations, counted in bars, of any length.
+"""SAGE-Music's pieces, counted in bars: from nothing and continuations, of any length.
 
 from sage_studio.checkpoints import load
 from sage_studio.generation.bars import continue_score
@@ -9,57 +9,29 @@ piece.score.dump_midi("continuation.mid")
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from symusic import Score, Tempo
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
-from sage_music.generation_sage_music import (
-    BarCountCriteria,
-    MinBarsLogitsProcessor,
-    NoDoubledNotesLogitsProcessor,
-)
+from sage_music.generation_sage_music import BarCountCriteria, MinBarsLogitsProcessor, NoDoubledNotesLogitsProcessor
 from sage_music.modeling_sage_music import SageMusicForCausalLM
 from sage_music.tokenization_sage_music import SageMusicTokenizer
 from sage_studio.defaults import BARS, PROMPT_BARS
-from sage_studio.music.midi import bar_ticks, bar_times, read_score
+from sage_studio.music.midi import Prompt, bar_ticks, bar_times, heard_warnings, read_prompt
 
-from .sampling import TURN, Deadline, Generated, check_generate_options, heard_warnings, sampling_options, seeded
-
-
-@dataclass(kw_only=True)
-class Piece(Generated):
-    """A generated piece, counted in bars.
-
-    Attributes:
-        prompt_bars, bars: bars of the prompt, and bars written after it.
-    """
-
-    prompt_bars: int
-    bars: int
-
-    @property
-    def prompt_end_s(self) -> float:
-        """Seconds at which the new music begins."""
-        return float(bar_times(self.score, self.prompt_bars + 1)[self.prompt_bars])
-
-    @property
-    def music_seconds(self) -> float:
-        """Playing time of the new music, in whole bars."""
-        total = self.prompt_bars + self.bars
-        return float(bar_times(self.score, total + 1)[total]) - self.prompt_end_s
+from .result import Piece, Plan, Progress, unheard
+from .sampling import Deadline, check_generate_options
+from .stream import NoteStreamer, Streamer, decode_threads
 
 
 def continue_score(
     model: SageMusicForCausalLM,
     tokenizer: SageMusicTokenizer,
-    prompt: "str | os.PathLike | bytes | Score",
+    prompt: "str | os.PathLike | bytes | Score | Prompt",
     prompt_bars: int = PROMPT_BARS,
     bars: int = BARS,
     free: bool = False,
@@ -69,7 +41,7 @@ def continue_score(
     """Continue the first `prompt_bars` bars of a MIDI file by `bars` bars.
 
     Args:
-        prompt: path, bytes or score.
+        prompt: path, bytes or score, or what `read_prompt` made of one.
         free: let the model bring in instruments, meters and tempos that the prompt does not have.
         programs: the only General MIDI programs to use (-1: drums), instead of the prompt's.
         options: `temperature`, `top_p`, `seed`, `progress`, `time_limit`, `generate_options`, as for `generate_piece`.
@@ -84,25 +56,28 @@ def continue_score(
 def plan_continuation(
     model: SageMusicForCausalLM,
     tokenizer: SageMusicTokenizer,
-    prompt: "str | os.PathLike | bytes | Score",
+    prompt: "str | os.PathLike | bytes | Score | Prompt",
     prompt_bars: int = PROMPT_BARS,
     bars: int = BARS,
     free: bool = False,
     programs: list[int] | None = None,
     **options,
-) -> "Plan":
+) -> "BarsPlan":
     """What `continue_score` is about to write: everything is read and checked, and no token generated yet.
 
     Arguments and errors are those of `continue_score`.
     """
     if prompt_bars < 1:
         raise ValueError(f"prompt_bars {prompt_bars} must be positive.")
+    prompt = read_prompt(prompt)
     with heard_warnings() as heard:
-        score = prompt if not isinstance(prompt, str | bytes | os.PathLike) else read_score(prompt)
-        ids = tokenizer.midi_to_ids(score, bars=prompt_bars)
-    remarks = _unheard(score) + heard
-    counter = BarCountCriteria(model.config, 0)
-    present = int(counter.count(torch.tensor([ids])))
+        ids = tokenizer.midi_to_ids(prompt.score, bars=prompt_bars)
+    remarks = unheard(prompt.score, pedal_is_kept=False)
+    melodic = [track.program for track in prompt.score.tracks if not track.is_drum and len(track.notes)]
+    if len(melodic) > len(set(melodic)):
+        remarks.append("tracks that share a program are merged into one")
+    remarks += sorted({*prompt.remarks, *heard})
+    present = int(np.array(model.config.grammar["bars"])[ids].sum())
     if present < prompt_bars:
         remarks.append(f"the prompt has {present} bars, not {prompt_bars}: all of it is used")
     tokens = set(tokenizer.base_tokens(ids))
@@ -114,8 +89,19 @@ def plan_continuation(
         allowed["Program"] = program_tokens(programs)
     # The prompt's last bar is complete: what follows is a bar line.
     ids.append(tokenizer.convert_tokens_to_ids("Bar_None"))
-    tempos = _prompt_tempos(tokenizer.decode_midi(ids), score, present)
-    return Plan(model, tokenizer, ids, present, bars, remarks, allowed, tempos, **options)
+    heard_score = tokenizer.decode_midi(ids)
+    return BarsPlan(
+        model=model,
+        tokenizer=tokenizer,
+        ids=ids,
+        remarks=remarks,
+        prompt_bars=present,
+        prompt_notes=heard_score.note_num(),
+        bars=bars,
+        allowed=allowed,
+        tempos=_prompt_tempos(heard_score, prompt.score, present),
+        **options,
+    )
 
 
 def generate_piece(
@@ -156,7 +142,7 @@ def plan_piece(
     time_signature: str | None = None,
     programs: list[int] | None = None,
     **options,
-) -> "Plan":
+) -> "BarsPlan":
     """What `generate_piece` is about to write, checked; arguments and errors are those of `generate_piece`."""
     ids = [tokenizer.bos_token_id]
     allowed = {} if programs is None else {"Program": program_tokens(programs)}
@@ -173,125 +159,94 @@ def plan_piece(
         ids += tokenizer.convert_tokens_to_ids(["Bar_None", meter, "Position_0", f"Tempo_{nearest}"])
         allowed["Tempo"] = set()
     tempos = None if tempo is None else [Tempo(0, tempo)]
-    return Plan(model, tokenizer, ids, 0, bars, [], allowed, tempos, **options)
+    return BarsPlan(model=model, tokenizer=tokenizer, ids=ids, bars=bars, allowed=allowed, tempos=tempos, **options)
 
 
-@dataclass
-class Plan:
-    """Music to be written: its beginning, its length and the rules it keeps. `write()` writes it.
+@dataclass(kw_only=True)
+class BarsPlan(Plan):
+    """A plan of music that is counted in bars; see `Plan` for the other attributes.
 
     Attributes:
-        ids: token ids to go on after.
-        prompt_bars, bars: complete bars in `ids`, and bars to write after them.
-        remarks: what was changed or left out so far.
+        bars: to write.
+        prompt_bars, prompt_notes: complete bars in `ids`, and notes in them.
         allowed: per kind of token (`"Program"`), the only ones that may be written.
         tempos: exact tempos up to the end of `ids`, in ticks of the decoded score, in place of those that tokens can
             state; `None` keeps the tokens'.
-        temperature, top_p, seed, progress, time_limit, generate_options: as for `generate_piece`.
+        generate_options: as for `generate_piece`.
 
     Raises:
         ValueError: an option outside its range, naming it; or one bar alone is longer than the model's context.
     """
 
-    model: SageMusicForCausalLM
-    tokenizer: SageMusicTokenizer
-    ids: list[int]
-    prompt_bars: int
     bars: int
-    remarks: list[str]
-    allowed: dict[str, set[str]]
+    prompt_bars: int = 0
+    prompt_notes: int = 0
+    allowed: dict[str, set[str]] = field(default_factory=dict)
     tempos: list[Tempo] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    progress: Callable[[int, int], None] | None = None
     generate_options: dict | None = None
-    time_limit: float | None = None
     forbidden: list[int] = field(init=False)
-    sampling: dict = field(init=False)
 
     def __post_init__(self):
         if self.bars < 1:
             raise ValueError(f"bars {self.bars} must be positive.")
-        if self.time_limit is not None:
-            Deadline(self.time_limit)  # checked before anything waits for it
         check_generate_options(self.generate_options)
-        self.sampling = sampling_options(self.temperature, self.top_p)
+        super().__post_init__()
         self.forbidden = forbidden_ids(self.tokenizer, self.allowed)
-        _window(self.model, self.tokenizer, self.ids)  # raises what is wrong with the prompt's last bar
+        window(self.model, self.tokenizer, self.ids)  # raises what is wrong with the prompt's last bar
 
-    def write(self, streamer=None) -> Piece:
-        """Generate the music.
+    def streamer(self) -> NoteStreamer:
+        quarter = self.tokenizer.miditok.time_division
+        tempos = None if self.tempos is None else [(tempo.time / quarter, tempo.qpm) for tempo in self.tempos]
+        return NoteStreamer(self.tokenizer, self.prompt_bars + self.bars, tempos, decode_threads(self.model))
 
-        Args:
-            streamer: a `generation.stream.NoteStreamer`: gets `ids`, then every new token (not its end: that is the
-                caller's to say). Cancelled, it ends the piece where it is.
-
-        Raises:
-            ValueError: one bar alone is longer than the model's context.
-        """
-        if streamer is not None:
-            streamer.put(torch.tensor([self.ids]))
-        remarks, ids, total = list(self.remarks), self.ids, self.prompt_bars
-        with _turn(streamer) as mine:
-            begin = time.perf_counter()
-            if mine:
-                ids, total = self._generate(streamer, remarks)
-        if _is_cancelled(streamer) and total < self.prompt_bars + self.bars:
-            remarks.append(f"cancelled in bar {total}" if mine else "cancelled before it began")
-        return self.piece(ids, total, time.perf_counter() - begin, remarks)
-
-    def piece(self, ids: list[int], total: int, seconds: float, remarks: list[str]) -> Piece:
-        """The first `total` bars of `ids`, written in `seconds`."""
+    def piece(self, ids: list[int], bars: int, elapsed_s: float, remarks: list[str]) -> Piece:
+        """The music of `ids` up to `bars` bars after the prompt, written in `elapsed_s`."""
+        total = self.prompt_bars + bars
         score = self.tokenizer.decode_midi(ids, bars=total)
         if self.tempos is not None:
             stated = sum(token.startswith("Tempo") for token in self.tokenizer.base_tokens(self.ids))
             score.tempos = type(score.tempos)(self.tempos + list(score.tempos)[stated:])
+        lines = bar_times(score, total + 1)
         return Piece(
             score=score,
             ids=ids,
-            prompt_bars=self.prompt_bars,
-            bars=total - self.prompt_bars,
+            prompt_end_s=float(lines[self.prompt_bars]),
+            music_s=float(lines[total] - lines[self.prompt_bars]),
+            elapsed_s=elapsed_s,
+            bars=bars,
+            tokens=len(ids) - len(self.ids),
             # Not counted in tokens: the last ones may go beyond the bars.
-            notes=score.note_num() - self.tokenizer.decode_midi(self.ids).note_num(),
-            seconds=seconds,
+            notes=score.note_num() - self.prompt_notes,
             remarks=remarks,
         )
 
-    def _generate(self, streamer, remarks: list[str]) -> tuple[list[int], int]:
-        """All ids, and the number of bars to keep of them."""
+    def _generate(self, streamer: Streamer | None, remarks: list[str]) -> tuple[list[int], int]:
         model, row = self.model, Row(self, remarks)
-        notes_of = np.array(model.config.grammar["notes"])
-        stops = [] if streamer is None else list(streamer.stopping_criteria)
         deadline = None if self.time_limit is None else Deadline(self.time_limit)
-        with seeded(self.seed):
-            while row.goes_on:
-                window = row.window()
-                notes = int(notes_of[row.ids[len(self.ids) :]].sum())
-                goal = row.goal(window)
-                output = model.generate(
-                    torch.tensor([window.ids], device=model.device),
-                    attention_mask=torch.ones(1, len(window.ids), dtype=torch.long, device=model.device),
-                    max_new_tokens=model.config.max_position_embeddings - len(window.ids),
-                    stopping_criteria=StoppingCriteriaList(
-                        [BarCountCriteria(model.config, goal), *stops, *([] if deadline is None else [deadline])]
-                    ),
-                    logits_processor=LogitsProcessorList(
-                        [
-                            MinBarsLogitsProcessor(model.config, goal),
-                            NoDoubledNotesLogitsProcessor(model.config),
-                            LeaveProgram(model.config, [self.forbidden]),
-                        ]
-                    ),
-                    # Given here, they replace the checkpoint's own.
-                    suppress_tokens=[*self.forbidden, *(model.generation_config.suppress_tokens or ())] or None,
-                    max_time=math.inf,  # what a checkpoint says would make the music depend on the machine
-                    streamer=_Progress(model.config, self.progress, row.lines - self.prompt_bars, notes, streamer),
-                    **self.sampling | (self.generate_options or {}),
-                )
-                row.take(output[0, len(window.ids) :].tolist(), deadline)
-                if _is_cancelled(streamer) or (row.is_late and streamer is not None):
-                    return row.ids, min(row.lines, row.total)  # notes of the bar that has begun are out already
+        while row.goes_on:
+            heard = row.window()
+            goal = row.goal(heard)
+            output = model.generate(
+                torch.tensor([heard.ids], device=model.device),
+                attention_mask=torch.ones(1, len(heard.ids), dtype=torch.long, device=model.device),
+                max_new_tokens=model.config.max_position_embeddings - len(heard.ids),
+                stopping_criteria=StoppingCriteriaList(
+                    [BarCountCriteria(model.config, goal), *self.stops(streamer, deadline)]
+                ),
+                logits_processor=LogitsProcessorList(
+                    [
+                        MinBarsLogitsProcessor(model.config, goal),
+                        NoDoubledNotesLogitsProcessor(model.config),
+                        LeaveProgram(model.config, [self.forbidden]),
+                    ]
+                ),
+                # Given here, they replace the checkpoint's own.
+                suppress_tokens=[*self.forbidden, *(model.generation_config.suppress_tokens or ())] or None,
+                max_time=math.inf,  # what a checkpoint says would make the music depend on the machine
+                streamer=Progress(row.advance, streamer),
+                **self.sampling | (self.generate_options or {}),
+            )
+            row.take(output[0, len(heard.ids) :].tolist(), deadline, streamer)
         return row.ids, row.kept
 
 
@@ -300,73 +255,81 @@ class Row:
 
     Attributes:
         ids: token ids so far.
-        lines, total: bar lines in them, and bars that the piece is to have.
-        kept: bars that it will have.
+        bars: new bar lines in them, the one that ends the prompt included.
+        kept: new bars that the piece will have.
         goes_on: whether there is more to write.
-        is_late: whether a time limit ended it.
         remarks: what happened on the way is added to them.
     """
 
-    def __init__(self, plan: Plan, remarks: list[str]):
+    def __init__(self, plan: BarsPlan, remarks: list[str]):
         self.plan, self.ids, self.remarks = plan, plan.ids, remarks
-        self.bars_of = np.array(plan.model.config.grammar["bars"])
-        self.lines, self.total = int(self.bars_of[self.ids].sum()), plan.prompt_bars + plan.bars
-        self.kept, self.goes_on, self.is_late = self.total, True, False
+        grammar = plan.model.config.grammar
+        self._bars_of, self._notes_of = grammar["bars"], grammar["notes"]
+        self.bars = self._lines(self.ids) - plan.prompt_bars
+        self.kept, self.goes_on = plan.bars, True
+        self._heard = self.bars, 0  # bars and notes, as far as `progress` was told
 
-    def window(self) -> "_Window":
+    def _lines(self, ids: list[int]) -> int:
+        return sum(self._bars_of[token] for token in ids)
+
+    def window(self) -> "Window":
         """What the model hears next."""
-        window, cut = _window(self.plan.model, self.plan.tokenizer, self.ids)
-        if cut and len(self.ids) == len(self.plan.ids):
-            self.remarks.append(f"the prompt is longer than the context: the model hears its last {window.count} bars")
-        return window
+        heard = window(self.plan.model, self.plan.tokenizer, self.ids)
+        if heard.is_cut and len(self.ids) == len(self.plan.ids):
+            self.remarks.append(f"the prompt is longer than the context: the model hears its last {heard.bars} bars")
+        return heard
 
-    def goal(self, window: "_Window") -> int:
+    def goal(self, heard: "Window") -> int:
         """The bars that the window will hold at the piece's end."""
-        return self.total - self.lines + window.count
+        return self.plan.bars - self.bars + heard.bars
 
-    def take(self, new: list[int], deadline: Deadline | None = None) -> None:
+    def advance(self, token: int) -> None:
+        """Tell `progress` of a new token."""
+        bars, notes = self._heard
+        self._heard = bars, notes = bars + self._bars_of[token], notes + self._notes_of[token]
+        if self._bars_of[token] and self.plan.progress is not None:
+            self.plan.progress(max(bars - 1, 0), notes)
+
+    def take(self, new: list[int], deadline: Deadline | None = None, streamer: Streamer | None = None) -> None:
         """Go on by what the model wrote in one window."""
-        before = self.lines
-        self.ids, self.lines = self.ids + new, before + int(self.bars_of[new].sum())
-        if self.lines > self.total:
+        plan, before = self.plan, self.bars
+        self.ids, self.bars = self.ids + new, before + self._lines(new)
+        at = plan.prompt_bars + self.bars
+        if self.bars > plan.bars:
             self.goes_on = False
+        elif plan.is_cancelled(streamer):
+            self._end(self.bars, f"cancelled in bar {at}")  # notes of the bar that has begun are out already
         elif deadline is not None and deadline.has_passed:
-            self.goes_on, self.is_late = False, True
-            self.kept = max(self.lines - 1, self.plan.prompt_bars)  # the last line begins a bar that has no end
-            limit, done = f"the time limit of {self.plan.time_limit:g} s", self.kept - self.plan.prompt_bars
-            self.remarks.append(f"{limit} ended the piece after {done} of {self.plan.bars} bars")
-        elif self.lines == before:
-            self.goes_on, self.kept = False, self.lines
-            self.remarks.append(f"stopped at bar {self.lines}: the model wrote {len(new)} tokens without a bar line")
-        elif _first_heard(self.plan.model, self.ids) is None:
-            self.goes_on, self.kept = False, self.lines
-            self.remarks.append(f"stopped at bar {self.lines}: it grew longer than the context")
+            whole = max(self.bars - 1, 0)  # the last line begins a bar that has no end
+            limit = f"the time limit of {plan.time_limit:g} s ended the piece after {whole} of {plan.bars} bars"
+            self._end(whole if streamer is None else self.bars, limit)
+        elif self.bars == before:
+            self._end(self.bars, f"stopped at bar {at}: the model wrote {len(new)} tokens without a bar line")
+        elif _first_heard(plan.model, self.ids) is None:
+            self._end(self.bars, f"stopped at bar {at}: it grew longer than the context")
+
+    def _end(self, kept: int, remark: str) -> None:
+        self.goes_on, self.kept = False, kept
+        self.remarks.append(remark)
 
 
-@contextmanager
-def _turn(streamer) -> Iterator[bool]:
-    """Wait for all other generations to end; False when the streamer was cancelled before that."""
-    while not (mine := TURN.acquire(timeout=0.1)) and not _is_cancelled(streamer):
-        pass
-    try:
-        yield mine and not _is_cancelled(streamer)
-    finally:
-        if mine:
-            TURN.release()
+@dataclass(frozen=True)
+class Window:
+    """What the model hears of a piece: all of it, or BOS and the last bars that leave half of the context free.
 
+    Attributes:
+        ids: token ids.
+        bars: bar lines in them.
+        is_cut: whether that is not all.
+    """
 
-def _is_cancelled(streamer) -> bool:
-    return streamer is not None and streamer.cancelled
-
-
-@dataclass
-class _Window:
     ids: list[int]
-    count: int  # bar lines in it
+    bars: int
+    is_cut: bool
 
 
-def _window(model, tokenizer, ids: list[int]) -> tuple[_Window, bool]:
-    """What the model hears: everything, or BOS and the last bars that leave half of the context free.
+def window(model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer, ids: list[int]) -> Window:
+    """What the model hears of `ids`.
 
     Raises:
         ValueError: the last bar alone is longer than the context.
@@ -376,7 +339,7 @@ def _window(model, tokenizer, ids: list[int]) -> tuple[_Window, bool]:
         context = model.config.max_position_embeddings
         raise ValueError(f"a single bar holds more than the context of {context} tokens: choose a thinner prompt.")
     heard = tokenizer.crop_ids(np.array(ids), first).tolist() if first else ids
-    return _Window(heard, int(np.array(model.config.grammar["bars"])[heard].sum())), first > 0
+    return Window(heard, int(np.array(model.config.grammar["bars"])[heard].sum()), first > 0)
 
 
 def _first_heard(model, ids: list[int]) -> int | None:
@@ -391,47 +354,6 @@ def _first_heard(model, ids: list[int]) -> int | None:
         if len(fitting) and len(ids) - fitting[0] >= 3:
             return int(fitting[0])
     return None
-
-
-class _Progress(BaseStreamer):
-    """Counts bars and notes as tokens come, and hands them on; a token is final when it arrives."""
-
-    def __init__(self, config, report, bars: int, notes: int, streamer: BaseStreamer | None):
-        self.bars_of, self.notes_of = config.grammar["bars"], config.grammar["notes"]
-        self.report, self.bars, self.notes, self.prompt_seen = report, bars, notes, False
-        self.streamer = streamer
-
-    def put(self, value):
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        if self.streamer is not None:
-            self.streamer.put(value)
-        for token in value.flatten().tolist():
-            self.notes += self.notes_of[token]
-            if self.bars_of[token] and self.report is not None:
-                self.bars += self.bars_of[token]
-                self.report(max(self.bars - 1, 0), self.notes)
-
-    def end(self):
-        pass
-
-
-def _unheard(score: Score) -> list[str]:
-    """What a score holds that tokens do not."""
-    remarks = []
-    lost = {
-        "sustain pedal": sum(len(track.pedals) for track in score.tracks),
-        "controller": sum(len(track.controls) for track in score.tracks),
-        "pitch bend": sum(len(track.pitch_bends) for track in score.tracks),
-    }
-    for name, count in lost.items():
-        if count:
-            remarks.append(f"{count} {name} events of the prompt have no token and are left out")
-    melodic = [track.program for track in score.tracks if not track.is_drum and len(track.notes)]
-    if len(melodic) > len(set(melodic)):
-        remarks.append("tracks that share a program are merged into one")
-    return remarks
 
 
 def _prompt_tempos(prompt: Score, source: Score, prompt_bars: int) -> list[Tempo]:

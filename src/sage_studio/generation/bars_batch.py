@@ -16,11 +16,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from sage_music.generation_sage_music import BarCountCriteria, MinBarsLogitsProcessor, NoDoubledNotesLogitsProcessor
 
-from .bars import LeaveProgram, Piece, Plan, Row
-from .sampling import TURN, Deadline, pad_left, row_generators, row_sampler, samples_by_row, without_padding
+from .bars import BarsPlan, LeaveProgram, Row
+from .result import Piece, check_together
+from .sampling import TURN, Cancelled, Deadline, pad_left, row_generators, row_sampler, samples_by_row, without_padding
 
 
-def write_together(plans: Sequence[Plan]) -> list[Piece]:
+def write_together(plans: Sequence[BarsPlan]) -> list[Piece]:
     """Write plans of one model in rows of one batch, left-padded; the same pieces as `plan.write()` of each.
 
     Every row has its own bars, instruments and random generator, so that a piece depends on its own prompt and seed and
@@ -31,7 +32,7 @@ def write_together(plans: Sequence[Plan]) -> list[Piece]:
     or unusual sampling are written one after the other.
 
     Returns:
-        pieces in the order of the plans; `seconds` of each is the time that the whole batch took.
+        pieces in the order of the plans; `elapsed_s` of each is the time that the whole batch took.
 
     Raises:
         ValueError: the plans differ in model, temperature, top_p or time_limit; or as `Plan.write`.
@@ -39,9 +40,7 @@ def write_together(plans: Sequence[Plan]) -> list[Piece]:
     if not plans:
         return []
     first = plans[0]
-    for name in ("model", "temperature", "top_p", "time_limit"):
-        if any(getattr(plan, name) != getattr(first, name) for plan in plans):
-            raise ValueError(f"pieces that are written together share one {name}.")
+    check_together(plans)
     model = first.model
     alone = any(plan.generate_options or plan.progress is not None for plan in plans)
     if alone or not samples_by_row(model.generation_config):
@@ -54,8 +53,8 @@ def write_together(plans: Sequence[Plan]) -> list[Piece]:
         while any(row.goes_on for row in rows):
             left = [index for index, row in enumerate(rows) if row.goes_on]
             _write_windows([rows[i] for i in left], [generators[i] for i in left], deadline)
-        seconds = time.perf_counter() - begin
-    return [row.plan.piece(row.ids, row.kept, seconds, row.remarks) for row in rows]
+        elapsed_s = time.perf_counter() - begin
+    return [row.plan.piece(row.ids, row.kept, elapsed_s, row.remarks) for row in rows]
 
 
 def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline: Deadline | None) -> None:
@@ -68,6 +67,7 @@ def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline:
     width = inputs["input_ids"].shape[1]
     # What the bar counters compare with is a number for one row, and here one number a row.
     stops = [BarCountCriteria(model.config, goals), _ContextIsFull(width, torch.tensor(room, device=model.device))]
+    stops.append(Cancelled([plan.is_cancelled for plan in plans]))
     output = model.generate(
         **inputs,
         max_new_tokens=max(room),

@@ -9,7 +9,7 @@ process waits for the others and writes the manifest: one line a prompt, sorted 
 them. The output folder:
 
     music/a/b.mid     prompt and new music of FOLDER/a/b.mid
-    manifest.jsonl    path, sha256, seed, output, output_sha256, notes, bars (or seconds), remarks; or error
+    manifest.jsonl    path, sha256, seed, output, output_sha256, notes, bars (or music_s), remarks; or error
     options.json      what the music depends on besides the prompts; a run with other options is refused
     journal/          one line for every prompt done, one file a process
 """
@@ -31,22 +31,13 @@ import torch
 from tqdm import tqdm
 
 from sage_studio.checkpoints import load
-from sage_studio.defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
+from sage_studio.defaults import BARS, LENGTHS, MUSIC_S, PROMPT_BARS, PROMPT_S
 from sage_studio.errors import MissingExtraError
+from sage_studio.families import family_of
 from sage_studio.files import midi_files, write_atomic
 from sage_studio.music.midi import score_from_notes
 from sage_studio.music.notes import NOTE_DTYPE
 
-from .bars import plan_continuation as plan_bars
-from .bars_batch import write_together as write_bars
-from .seconds import plan_continuation as plan_seconds
-from .seconds_batch import write_together as write_seconds
-
-# Options that only one family has, by model_type.
-OPTIONS = {
-    "sage_music": ("bars", "prompt_bars", "free", "programs"),
-    "perceivers": ("seconds", "prompt_seconds", "max_tokens", "max_note_seconds"),
-}
 POLL_S = 0.2  # how often the first process looks for what the others have done
 
 
@@ -176,8 +167,8 @@ def continue_prompts(
 
     Several go through one `generate()`, each as if it were alone.
     """
-    by_bars = model.config.model_type == "sage_music"
-    plan_of, together = (plan_bars, write_bars) if by_bars else (plan_seconds, write_seconds)
+    family = family_of(model)
+    plan_of, together = family.load("plan"), family.load("together")
     plans, found = {}, {}
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         if prompt is None:
@@ -202,21 +193,9 @@ def continue_prompts(
         except ValueError as error:
             found[index] = None, {"error": str(error)}
             continue
-        length = {"bars": piece.bars} if by_bars else {"seconds": piece.music_seconds}
+        length = {"bars": piece.bars} if family.counts_bars else {"music_s": piece.music_s}
         found[index] = piece.score.dumps_midi(), {"notes": piece.notes, **length, "remarks": piece.remarks}
     return [found[index] for index in range(len(prompts))]
-
-
-def check_options(model, tokenizer, options: dict) -> None:
-    """Refuse before the first prompt what would be refused with each.
-
-    Raises:
-        ValueError: an option outside its range, naming it.
-    """
-    note = np.zeros(1, dtype=NOTE_DTYPE)
-    note["duration_s"], note["pitch"], note["velocity"] = 0.01, 60, 64
-    plan_of = plan_bars if model.config.model_type == "sage_music" else plan_seconds
-    plan_of(model, tokenizer, score_from_notes(note), seed=0, **options)
 
 
 def continue_folder(
@@ -247,7 +226,8 @@ def continue_folder(
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks} processes: ranks are numbered from 0. Check RANK and WORLD_SIZE.")
-    check_options(model, tokenizer, options)
+    options = {name: value for name, value in LENGTHS.items() if name in family_of(model).options} | options
+    _check(model, tokenizer, options)
     prompts, output = Path(prompts), Output(Path(output))
     if output.folder.resolve().is_relative_to(prompts.resolve()):
         raise ValueError(f"{output.folder}: lies in the folder of the prompts, which its music would join.")
@@ -281,6 +261,13 @@ def continue_folder(
     records = wait_for_all(output, files, digests, earlier, others=ranks > 1)
     output.write_manifest(records)
     return records
+
+
+def _check(model, tokenizer, options: dict) -> None:
+    """Refuse before the first prompt what would be refused with each: plan the continuation of one note."""
+    note = np.zeros(1, dtype=NOTE_DTYPE)
+    note["duration_s"], note["pitch"], note["velocity"] = 0.01, 60, 64
+    family_of(model).load("plan")(model, tokenizer, score_from_notes(note), seed=0, **options)
 
 
 def wait_for_all(output: Output, files: dict[str, Path], digests: dict, earlier: dict, others: bool) -> list[dict]:
@@ -334,8 +321,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--free", action="store_true", default=None, help="allow instruments, meters, tempos the prompt has not")
     add("--programs", type=program, nargs="+", metavar="N", help="only these programs: 0-127 and drums")
     add = parser.add_argument_group("PerceiverS").add_argument
-    add("--seconds", type=float, help=f"seconds to write (default: {SECONDS:g})")
-    add("--prompt-seconds", type=float, help=f"seconds to keep (default: {PROMPT_SECONDS:g})")
+    add("--seconds", type=float, help=f"seconds to write (default: {MUSIC_S:g})")
+    add("--prompt-seconds", type=float, help=f"seconds to keep (default: {PROMPT_S:g})")
     add("--max-tokens", type=positive_int, help="tokens to write at most")
     add("--max-note-seconds", type=float, help="end notes that sound so long; inf: never")
     return parser
@@ -350,26 +337,6 @@ def positive_int(text: str) -> int:
 
 def program(text: str) -> int:
     return -1 if text.lower() == "drums" else int(text)
-
-
-def family_options(args: argparse.Namespace, family: str) -> dict:
-    """The options of this family, with the defaults that every such run has.
-
-    Raises:
-        ValueError: an option that only the other family has.
-    """
-    own = OPTIONS[family]
-    for name in (name for names in OPTIONS.values() for name in names if name not in own):
-        if getattr(args, name) is not None:
-            flags = ", ".join(f"--{option.replace('_', '-')}" for option in own)
-            raise ValueError(f"--{name.replace('_', '-')} is no option of this checkpoint, which has {flags}.")
-    given = {name: getattr(args, name) for name in (*own, "temperature", "top_p")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if family == "sage_music":
-        return {"bars": BARS, "prompt_bars": PROMPT_BARS, **given}
-    defaults = {"prompt_seconds": PROMPT_SECONDS, "max_note_seconds": MAX_NOTE_SECONDS}
-    # With a number of tokens alone the model ends the music, as in the sage-music command.
-    return {**defaults, "seconds": None if "max_tokens" in given else SECONDS, **given}
 
 
 def environment_number(name: str, default: int) -> int:
@@ -406,7 +373,8 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> list[dict] | None:
     midi_files(args.prompts)  # before the model loads: a wrong folder should not have to wait
     model, tokenizer = load(args.model)
     device = device_of(args.device)
-    options = family_options(args, model.config.model_type)
+    options = family_of(model).given(args)
+    options |= {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     return continue_folder(
         model.to(device), tokenizer, args.prompts, args.output, args.seed, rank, ranks, args.batch_size, **options
     )

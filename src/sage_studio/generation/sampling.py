@@ -1,23 +1,16 @@
-"""What generation in both families has in common: the result, the options of sampling, seeds, turns, a time limit."""
+"""What generation in both families has in common: the options of sampling, seeds, turns, what ends it early."""
 
-import re
 import threading
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
-from symusic import Score
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
 # One generation at a time: torch has one CPU random state for all threads, and a seed must give its music in each. A
 # model's decode step, too, has buffers for one generation.
 TURN = threading.RLock()
-
-# `warnings.catch_warnings` is the process's: of two threads in it at once, one would undo what the other has set.
-_HEARING = threading.Lock()
 
 # Beyond these, scores overflow or all become equal, and the tokens that rules forbid are no longer the least likely.
 TEMPERATURES = (0.01, 100.0)
@@ -32,29 +25,6 @@ ONE_ROW = ("num_beams", "num_return_sequences")  # more than 1 of them is more t
 
 # Options of sampling besides temperature, top-k and top-p, and the value that turns each off (`None` does too).
 OTHER_WARPERS = {"min_p": 0.0, "top_h": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-
-
-@dataclass(kw_only=True)
-class Generated:
-    """Generated music.
-
-    Attributes:
-        score: prompt (where there was one) and new music together.
-        ids: its token ids.
-        notes: new notes.
-        seconds: wall time of the generation.
-        remarks: what was changed or left out on the way, in sentences for the user.
-    """
-
-    score: Score
-    ids: list[int]
-    notes: int
-    seconds: float
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def notes_per_second(self) -> float:
-        return self.notes / self.seconds if self.seconds else 0.0
 
 
 def sampling_options(temperature: float | None, top_p: float | None) -> dict:
@@ -88,28 +58,6 @@ def check_generate_options(options: dict | None) -> None:
 
 
 @contextmanager
-def heard_warnings() -> Iterator[list[str]]:
-    """This thread's warnings in here are kept as remarks: sorted, without the name of the music.
-
-    Those of other threads are shown where they would be, for as long as this lasts without any filter.
-    """
-    remarks: list[str] = []
-    heard, thread, others = set(), threading.get_ident(), None
-
-    def show(message, *about, **more):
-        if threading.get_ident() == thread:
-            heard.add(re.sub(r"^<(score|bytes)>: ", "", str(message)))
-        else:
-            others(message, *about, **more)
-
-    with _HEARING, warnings.catch_warnings():
-        warnings.simplefilter("always")
-        others, warnings.showwarning = warnings.showwarning, show
-        yield remarks
-    remarks += sorted(heard)
-
-
-@contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """The same seed gives the same music; the caller's random state comes back unchanged."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # manual_seed seeds them too
@@ -137,6 +85,22 @@ class Deadline(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         self.has_passed = self.has_passed or time.perf_counter() >= self.end
         return torch.full((len(input_ids),), self.has_passed, device=input_ids.device)
+
+
+class Cancelled(StoppingCriteria):
+    """Ends a generation within one token when somebody asks for it, or when the program's main thread has ended.
+
+    Args:
+        asks: whether to end, for each row, or once for all rows.
+    """
+
+    def __init__(self, asks: Sequence[Callable[[], bool]]):
+        self.asks = asks
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        over = not threading.main_thread().is_alive()
+        flags = torch.tensor([over or ask() for ask in self.asks], device=input_ids.device)
+        return flags.expand(len(input_ids)) if len(flags) == 1 else flags
 
 
 class RowSampler(LogitsProcessor):

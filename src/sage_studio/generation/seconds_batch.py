@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .sampling import TURN, Deadline, row_generators, row_sampler, samples_by_row, without_padding
-from .seconds import Performance, Plan
+from .result import Piece, check_together
+from .sampling import TURN, Cancelled, Deadline, row_generators, row_sampler, samples_by_row, without_padding
+from .seconds import SecondsPlan
 
 
-def write_together(plans: Sequence[Plan]) -> list[Performance]:
+def write_together(plans: Sequence[SecondsPlan]) -> list[Piece]:
     """Write plans of one model, in rows of one batch where that changes nothing; as `plan.write()` of each.
 
     Rows go together when their prompts have equally many tokens and the same cut, as several continuations of one
@@ -30,25 +31,23 @@ def write_together(plans: Sequence[Plan]) -> list[Performance]:
     after the other.
 
     Returns:
-        performances in the order of the plans; `seconds` of each is the time of the rows that went with it, and
+        performances in the order of the plans; `elapsed_s` of each is the time of the rows that went with it, and
         `time_limit` is one for each such group of rows.
 
     Raises:
         ValueError: the plans differ in model or in an option other than the seed.
     """
-    for name in ("model", "seconds", "max_tokens", "temperature", "top_p", "max_note_seconds", "time_limit"):
-        if any(getattr(plan, name) != getattr(plans[0], name) for plan in plans):
-            raise ValueError(f"performances that are written together share one {name}.")
+    check_together(plans, "music_s", "max_tokens", "max_note_s")
     groups: dict[tuple, list[int]] = {}
     for index, plan in enumerate(plans):
         groups.setdefault((len(plan.ids), plan.start, plan.wait, plan.budget), []).append(index)
-    written: dict[int, Performance] = {}
+    written: dict[int, Piece] = {}
     for members in groups.values():
         written |= zip(members, _write_group([plans[index] for index in members]), strict=True)
     return [written[index] for index in range(len(plans))]
 
 
-def _write_group(plans: list[Plan]) -> list[Performance]:
+def _write_group(plans: list[SecondsPlan]) -> list[Piece]:
     """Performances of plans that differ in ids of equal number, and in seeds."""
     first, model, pad = plans[0], plans[0].model, plans[0].tokenizer.pad_token_id
     if any(plan.progress is not None for plan in plans) or not samples_by_row(model.generation_config):
@@ -56,6 +55,7 @@ def _write_group(plans: list[Plan]) -> list[Performance]:
     ids = torch.tensor([plan.ids for plan in plans], device=model.device)
     generators = row_generators([plan.seed for plan in plans], model.device)
     sampler = row_sampler(model.generation_config, first.sampling, generators, [first.budget] * len(plans))
+    stops = [Cancelled([plan.is_cancelled for plan in plans])]
     with TURN:
         begin = time.perf_counter()
         deadline = None if first.time_limit is None else Deadline(first.time_limit)
@@ -66,11 +66,16 @@ def _write_group(plans: list[Plan]) -> list[Performance]:
             max_time=math.inf,  # as in `Plan.write`
             do_sample=False,
             logits_processor=LogitsProcessorList([*first.processors(), *sampler]),
-            stopping_criteria=StoppingCriteriaList([] if deadline is None else [deadline]),
+            stopping_criteria=StoppingCriteriaList(stops if deadline is None else [*stops, deadline]),
         )
-        seconds = time.perf_counter() - begin
+        elapsed_s = time.perf_counter() - begin
     new = [without_padding(row, pad) for row in output[:, ids.shape[1] :].tolist()]
-    return [plan.performance(plan.ids + row, seconds, deadline) for plan, row in zip(plans, new, strict=True)]
+    written = []
+    for plan, row in zip(plans, new, strict=True):
+        ids = plan.ids + row
+        remarks = plan.remarks + plan.early_end(ids, deadline)
+        written.append(plan.piece(ids, None, elapsed_s, remarks))
+    return written
 
 
 __all__ = ["write_together"]

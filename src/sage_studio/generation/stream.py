@@ -1,11 +1,11 @@
-"""Notes as they are written: a streamer for `generate()`, streams of whole compositions, and a latency report.
+"""Notes as they are written: streamers for `generate()`, streams of whole compositions, and a latency report.
 
 from sage_studio.checkpoints import load
-from sage_studio.generation.stream import stream_continuation
+from sage_studio.generation.bars import plan_continuation
 model, tokenizer = load()
-with stream_continuation(model, tokenizer, "prompt.mid", bars=16, seed=0) as stream:
+with plan_continuation(model, tokenizer, "prompt.mid", bars=16, seed=0).stream() as stream:
     for note in stream:
-        print(note.onset_seconds, note.pitch)
+        print(note.onset_s, note.pitch)
 stream.piece.score.dump_midi("continuation.mid")
 
 With plain `generate()`, in a thread that the streamer starts:
@@ -17,7 +17,6 @@ for note in streamer:
 print(ids.result())
 """
 
-import os
 import queue
 import threading
 import time
@@ -28,20 +27,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from miditok.constants import TIME_SIGNATURE
-from miditok.utils import compute_ticks_per_bar
-from symusic import Score, TimeSignature
-from transformers import StoppingCriteria, StoppingCriteriaList
+from symusic import TimeSignature
+from transformers import PreTrainedTokenizer, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sage_music import SageMusicForCausalLM, SageMusicTokenizer
-
-from .bars import Piece, Plan, plan_continuation, plan_piece
+from .sampling import Cancelled
 
 # Parameters of a model that decodes faster on one thread, where another thread has used OpenMP before.
 SMALL_MODEL = 30_000_000
 # A piece begins under its first meter, even where bars come before it, unless one of these comes first.
 NOTE_TOKENS = ("Pitch", "PitchDrum", "Velocity", "Duration")
+FIRST_METER = "4/4"  # of music that states none, as MidiTok has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,72 +47,64 @@ class StreamedNote:
     Attributes:
         program: General MIDI program, drums -1.
         pitch, velocity: 0-127.
-        bar: number of its bar in the piece, from 1.
-        onset, duration: quarter notes; onsets from the start of the piece, prompt included.
-        onset_seconds, duration_seconds: the same in seconds, by the tempos up to now. Positions only go forward, so a
-            later tempo change moves no onset; it can move the end of a note that still sounds.
-        wall_seconds: when it came, counted from the beginning of the generation.
+        bar: number of its bar in the piece, from 1; None where music is not counted in bars.
+        onset, duration: quarter notes, onsets from the start of the piece, prompt included; None as `bar`.
+        onset_s, duration_s: the same in seconds, by the tempos up to now. Positions only go forward, so a later tempo
+            change moves no onset; it can move the end of a note that still sounds.
+        elapsed_s: when it came, in seconds of wall time from the beginning of the generation.
     """
 
     program: int
     pitch: int
     velocity: int
-    bar: int
-    onset: float
-    duration: float
-    onset_seconds: float
-    duration_seconds: float
-    wall_seconds: float
+    bar: int | None
+    onset: float | None
+    duration: float | None
+    onset_s: float
+    duration_s: float
+    elapsed_s: float
 
 
-class NoteStreamer(BaseStreamer):
-    """Hands out notes while `generate()` writes them: those that `tokenizer.decode_midi` finds in the new tokens.
+class Streamer(BaseStreamer):
+    """Hands out notes while `generate()` writes them; a subclass makes them of a family's tokens.
 
-    `start` runs `generate()` in a thread; iterating gives a note as soon as its last token (Duration) is there, until
-    the generation ends, and raises what the generation raised. Leaving the loop early cancels the generation. Notes of
-    the prompt are not handed out; its bars, position, tempo and program are where the new music begins. For one
-    sequence and one generation; work per token does not grow with the length.
+    `start` runs `generate()` in a thread; iterating gives a note as soon as no later token can change it, until the
+    generation ends, and raises what the generation raised. Leaving the loop early cancels the generation. Notes that
+    begin in the prompt are not handed out. For one sequence and one generation; work per token does not grow with the
+    length.
 
     Args:
-        tokenizer: the model's.
-        bars: hand out only notes of the first so many bars, prompt included, as `decode_midi(bars=...)` does.
-        tempos: (quarter note, quarter notes per minute) pairs in order, the prompt's exact tempos in place of those
-            that its tokens state.
         decode_threads: PyTorch's threads for what follows the prompt, in the thread that `start` starts (default: as
             they are). There OpenMP must wake its helpers for every operation, and a small model is faster with 1.
 
     Attributes:
+        ids: token ids so far.
         stopping_criteria: for `generate(streamer=streamer, stopping_criteria=streamer.stopping_criteria)` in a thread
             of your own, which must call `fail` if `generate()` raises.
     """
 
-    def __init__(
-        self,
-        tokenizer: SageMusicTokenizer,
-        bars: int | None = None,
-        tempos: Sequence[tuple[float, float]] | None = None,
-        decode_threads: int | None = None,
-    ):
-        if bars is not None and bars < 0:
-            raise ValueError(f"bars {bars} must not be negative.")
-        self.stopping_criteria = StoppingCriteriaList([_Cancelled(self)])
-        self._tokenizer, self._miditok = tokenizer, tokenizer.miditok
-        self._parsed: dict[int, list[tuple[str, str]]] = {}
+    def __init__(self, decode_threads: int | None = None):
+        self.ids: list[int] = []
+        self.stopping_criteria = StoppingCriteriaList([Cancelled([lambda: self.cancelled])])
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._began: float | None = None
         self._prompt_seen = self._ended = self._drained = self._cancelled = False
-        self._bars, self._prompt_tempos = bars, tempos
         self._decode_threads, self._own_thread = decode_threads, None
 
-        self._held: list[tuple[str, str]] | None = []  # what came before the first meter is known
-        self._meter = ""
-        self._bar, self._bar_lines = -1, 0  # they differ where a Position comes before the first Bar
-        self._tick = self._bar_tick = 0
-        self._program = 0
-        self._pitch: int | None = None
-        self._velocity: int | None = None
-        # The latest tempo, where it began, and seconds per tick: 120 quarter notes a minute before the first.
-        self._tempo_tick, self._tempo_s, self._tick_s = 0, 0.0, 0.5 / self._miditok.time_division
+    def take_prompt(self, ids: list[int]) -> None:
+        """Note where the new music begins."""
+        raise NotImplementedError
+
+    def take(self, token: int) -> None:
+        """Go on by a new token; `hand_out` what became whole."""
+        raise NotImplementedError
+
+    def take_end(self) -> None:
+        """`hand_out` what only the end makes whole."""
+
+    def hand_out(self, **note) -> None:
+        """Give a note to the listener; `note` are the fields of `StreamedNote` but for `elapsed_s`."""
+        self._queue.put(StreamedNote(**note, elapsed_s=time.perf_counter() - self._began))
 
     # ---- the generating side
 
@@ -127,9 +115,9 @@ class NoteStreamer(BaseStreamer):
             what `generate` will return or raise; iterating the streamer raises it too.
         """
         options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), *self.stopping_criteria]
-        return self._run(lambda: generate(*args, streamer=self, **options))
+        return self.run(lambda: generate(*args, streamer=self, **options))
 
-    def _run(self, work: Callable, began: float | None = None) -> Future:
+    def run(self, work: Callable, began: float | None = None) -> Future:
         """Run `work` in a thread; its end is the stream's. `began`: `time.perf_counter()` to count wall time from."""
         self._began = time.perf_counter() if began is None else began
         future: Future = Future()
@@ -159,29 +147,26 @@ class NoteStreamer(BaseStreamer):
             ValueError: several sequences, a second generation, or an id outside the vocabulary.
         """
         if value.ndim > 1 and len(value) > 1:
-            raise ValueError(f"a NoteStreamer follows one sequence, not {len(value)}: generate with batch size 1.")
+            raise ValueError(f"a streamer follows one sequence, not {len(value)}: generate with batch size 1.")
         if self._ended:
-            raise ValueError("this NoteStreamer's generation has ended: make a new one for the next.")
+            raise ValueError("this streamer's generation has ended: make a new one for the next.")
         ids = value.flatten().tolist()
+        self.ids += ids
         if self._prompt_seen:
             if self._decode_threads is not None and threading.get_ident() == self._own_thread:
                 torch.set_num_threads(self._decode_threads)
-            for index in ids:
-                for kind, text in self._base_tokens(index):
-                    self._take(kind, text)
+            for token in ids:
+                self.take(token)
             return
         self._prompt_seen = True
         if self._began is None:
             self._began = time.perf_counter()
-        for token in self._tokenizer.base_tokens(ids):
-            kind, text = token.split("_")
-            if not (kind == "Tempo" and self._prompt_tempos is not None):
-                self._take(kind, text, new=False)
-        for quarter, qpm in self._prompt_tempos or ():
-            self._set_tempo(round(quarter * self._miditok.time_division), qpm)
+        self.take_prompt(ids)
 
     def end(self) -> None:
         """Say that the generation has ended; `generate()` does."""
+        if self._prompt_seen and not self._ended:
+            self.take_end()
         self._ended = True
         self._queue.put(None)
 
@@ -215,7 +200,56 @@ class NoteStreamer(BaseStreamer):
             if not self._ended:
                 self.cancel()
 
-    # ---- tokens to notes, as MidiTok's REMI does it, one base token at a time
+
+class NoteStreamer(Streamer):
+    """`Streamer` of SAGE-Music: the notes that `tokenizer.decode_midi` finds in the new tokens, each with its Duration.
+
+    Bars, position, tempo and program at the prompt's end are where the new music begins. Tokens become notes as
+    MidiTok's REMI has it, one base token at a time.
+
+    Args:
+        tokenizer: the model's.
+        bars: hand out only notes of the first so many bars, prompt included, as `decode_midi(bars=...)` does.
+        tempos: (quarter note, quarter notes per minute) pairs in order, the prompt's exact tempos in place of those
+            that its tokens state.
+        decode_threads: as for `Streamer`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        bars: int | None = None,
+        tempos: Sequence[tuple[float, float]] | None = None,
+        decode_threads: int | None = None,
+    ):
+        if bars is not None and bars < 0:
+            raise ValueError(f"bars {bars} must not be negative.")
+        super().__init__(decode_threads)
+        self._tokenizer, self._miditok = tokenizer, tokenizer.miditok
+        self._parsed: dict[int, list[tuple[str, str]]] = {}
+        self._bars, self._prompt_tempos = bars, tempos
+
+        self._held: list[tuple[str, str]] | None = []  # what came before the first meter is known
+        self._meter = ""
+        self._bar, self._bar_lines = -1, 0  # they differ where a Position comes before the first Bar
+        self._tick = self._bar_tick = 0
+        self._program = 0
+        self._pitch: int | None = None
+        self._velocity: int | None = None
+        # The latest tempo, where it began, and seconds per tick: 120 quarter notes a minute before the first.
+        self._tempo_tick, self._tempo_s, self._tick_s = 0, 0.0, 0.5 / self._miditok.time_division
+
+    def take_prompt(self, ids: list[int]) -> None:
+        for token in self._tokenizer.base_tokens(ids):
+            kind, text = token.split("_")
+            if not (kind == "Tempo" and self._prompt_tempos is not None):
+                self._take(kind, text, new=False)
+        for quarter, qpm in self._prompt_tempos or ():
+            self._set_tempo(round(quarter * self._miditok.time_division), qpm)
+
+    def take(self, token: int) -> None:
+        for kind, text in self._base_tokens(token):
+            self._take(kind, text)
 
     def _base_tokens(self, index: int) -> list[tuple[str, str]]:
         if index not in self._parsed:
@@ -228,7 +262,7 @@ class NoteStreamer(BaseStreamer):
                 self._held.append((kind, text))
                 return
             held, self._held = self._held, None
-            self._set_meter(text if kind == "TimeSig" else "{}/{}".format(*TIME_SIGNATURE))
+            self._set_meter(text if kind == "TimeSig" else FIRST_METER)
             for earlier in held:
                 self._take(*earlier, new=new)
         if self._bars is not None and self._bar_lines > self._bars:
@@ -264,7 +298,7 @@ class NoteStreamer(BaseStreamer):
         meter = TimeSignature(0, *self._miditok._parse_token_time_signature(text))
         beat_ticks = self._miditok._tpb_per_ts[meter.denominator]
         self._meter = text
-        self._bar_ticks = compute_ticks_per_bar(meter, self._miditok.time_division)
+        self._bar_ticks = int(self._miditok.time_division * 4 / meter.denominator * meter.numerator)
         self._position_ticks = self._miditok._compute_ticks_per_pos(beat_ticks)
         self._duration_ticks = self._miditok._tpb_tokens_to_ticks[beat_ticks]
 
@@ -274,26 +308,16 @@ class NoteStreamer(BaseStreamer):
 
     def _hand_out(self, pitch: int, velocity: int, ticks: int) -> None:
         quarter = self._miditok.time_division
-        note = StreamedNote(
+        self.hand_out(
             program=self._program,
             pitch=pitch,
             velocity=velocity,
             bar=max(self._bar, 0) + 1,
             onset=self._tick / quarter,
             duration=ticks / quarter,
-            onset_seconds=self._tempo_s + (self._tick - self._tempo_tick) * self._tick_s,
-            duration_seconds=ticks * self._tick_s,
-            wall_seconds=time.perf_counter() - self._began,
+            onset_s=self._tempo_s + (self._tick - self._tempo_tick) * self._tick_s,
+            duration_s=ticks * self._tick_s,
         )
-        self._queue.put(note)
-
-
-class _Cancelled(StoppingCriteria):
-    def __init__(self, streamer: NoteStreamer):
-        self.streamer = streamer
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.streamer.cancelled, device=input_ids.device)
 
 
 class NoteStream:
@@ -302,13 +326,10 @@ class NoteStream:
     Leaving the loop or the `with` block early, or dropping the stream, cancels the generation.
     """
 
-    def __init__(self, plan: Plan, began: float):
-        quarter = plan.tokenizer.miditok.time_division
-        tempos = None if plan.tempos is None else [(tempo.time / quarter, tempo.qpm) for tempo in plan.tempos]
-        threads = 1 if plan.model.device.type == "cpu" and plan.model.num_parameters() < SMALL_MODEL else None
-        streamer = NoteStreamer(plan.tokenizer, plan.prompt_bars + plan.bars, tempos, threads)
-        self._streamer = streamer
-        self._piece = streamer._run(lambda: plan.write(streamer), began)
+    def __init__(self, plan, began: float | None = None):
+        self._streamer = streamer = plan.streamer()
+        # The thread must not hold this object: where it is dropped, the music ends.
+        self._piece = streamer.run(lambda: plan.write(streamer), began)
         weakref.finalize(self, streamer.cancel)
 
     def __iter__(self) -> Iterator[StreamedNote]:
@@ -319,7 +340,12 @@ class NoteStream:
         self._streamer.cancel()
 
     @property
-    def piece(self) -> Piece:
+    def ids(self) -> list[int]:
+        """Token ids so far, prompt included: `tokenizer.decode_midi` makes music of them, with what still sounds."""
+        return list(self._streamer.ids)
+
+    @property
+    def piece(self):
         """The finished piece, after waiting for its end; of a cancelled stream what there is.
 
         Raises:
@@ -336,44 +362,19 @@ class NoteStream:
             self._piece.exception()  # wait: no thread computes on after the block
 
 
-def stream_continuation(
-    model: SageMusicForCausalLM,
-    tokenizer: SageMusicTokenizer,
-    prompt: "str | os.PathLike | bytes | Score",
-    **options,
-) -> NoteStream:
-    """`compose.continue_score`, its notes as they come.
-
-    Same options, same seed, same piece. Streams and other compositions of one process generate one after another, each
-    waiting for the one before it to end. Random numbers that other threads draw from torch's CPU generator meanwhile
-    change the music, and are drawn again after it.
-
-    Args:
-        options: those of `continue_score`. `progress` is called in the generating thread.
-
-    Raises:
-        InvalidMidiError, ValueError: at once, as `continue_score`. What goes wrong later is raised while iterating.
-    """
-    began = time.perf_counter()
-    return NoteStream(plan_continuation(model, tokenizer, prompt, **options), began)
+def decode_threads(model) -> int | None:
+    """PyTorch's threads with which a model decodes fastest; None: as they are."""
+    return 1 if model.device.type == "cpu" and model.num_parameters() < SMALL_MODEL else None
 
 
-def stream_piece(model: SageMusicForCausalLM, tokenizer: SageMusicTokenizer, **options) -> NoteStream:
-    """`compose.generate_piece`, its notes as they come; see `stream_continuation`."""
-    began = time.perf_counter()
-    return NoteStream(plan_piece(model, tokenizer, **options), began)
-
-
-def latency_report(
-    onset_seconds: Sequence[float], wall_seconds: Sequence[float], speeds: Sequence[float] = (1.0, 2.0)
-) -> dict:
+def latency_report(onset_s: Sequence[float], elapsed_s: Sequence[float], speeds: Sequence[float] = (1.0, 2.0)) -> dict:
     """How a stream would have sounded, played as it came.
 
     Playback begins when the first note arrives; note i is due `(onset_i - onset_0) / speed` later, and missed if it
     arrives after that. Every note counts, those of a chord too: they arrive one by one and are due together.
 
     Args:
-        onset_seconds, wall_seconds: `StreamedNote`'s fields of all notes, in the order they came.
+        onset_s, elapsed_s: `StreamedNote`'s fields of all notes, in the order they came.
         speeds: of playback.
 
     Returns:
@@ -385,9 +386,9 @@ def latency_report(
     Raises:
         ValueError: sequences of different lengths, or a speed that is not positive.
     """
-    onsets, walls = np.asarray(onset_seconds, dtype=float), np.asarray(wall_seconds, dtype=float)
+    onsets, walls = np.asarray(onset_s, dtype=float), np.asarray(elapsed_s, dtype=float)
     if onsets.shape != walls.shape or onsets.ndim != 1:
-        raise ValueError(f"onset_seconds {onsets.shape} and wall_seconds {walls.shape} must be two equally long lists.")
+        raise ValueError(f"onset_s {onsets.shape} and elapsed_s {walls.shape} must be two equally long lists.")
     if not all(speed > 0 for speed in speeds):
         raise ValueError(f"speeds {list(speeds)} must be positive.")
 
@@ -416,11 +417,4 @@ def latency_report(
     }
 
 
-__all__ = [
-    "NoteStream",
-    "NoteStreamer",
-    "StreamedNote",
-    "latency_report",
-    "stream_continuation",
-    "stream_piece",
-]
+__all__ = ["NoteStream", "NoteStreamer", "StreamedNote", "Streamer", "decode_threads", "latency_report"]

@@ -2,7 +2,11 @@
 
 import os
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,6 +17,9 @@ from sage_studio.errors import InvalidMidiError
 from sage_studio.files import write_atomic
 
 from .notes import NOTE_DTYPE, check_notes, instrument_name
+
+# `warnings.catch_warnings` is the process's: of two threads in it at once, one would undo what the other has set.
+_HEARING = threading.Lock()
 
 # Longer than any music; what lies beyond is a broken delta time that would become millions of empty bars.
 MAX_QUARTERS = 100_000
@@ -112,6 +119,58 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
         warnings.warn(f"{name}: a tempo of 0 at tick {stuck[0].time} is ignored.", stacklevel=2)
         score.tempos = type(score.tempos)([tempo for tempo in score.tempos if tempo.mspq > 0])
     return score
+
+
+@contextmanager
+def heard_warnings() -> Iterator[list[str]]:
+    """This thread's warnings in here are kept as remarks: sorted, without the name of the music.
+
+    Those of other threads are shown where they would be, for as long as this lasts without any filter.
+    """
+    remarks: list[str] = []
+    heard, thread, others = set(), threading.get_ident(), None
+
+    def show(message, *about, **more):
+        if threading.get_ident() == thread:
+            heard.add(re.sub(r"^<(score|bytes)>: ", "", str(message)))
+        else:
+            others(message, *about, **more)
+
+    with _HEARING, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        others, warnings.showwarning = warnings.showwarning, show
+        yield remarks
+    remarks += sorted(heard)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Music to go on after, read once.
+
+    Attributes:
+        name: of the file, for errors; `<bytes>` or `<score>` where there is none.
+        score: in ticks.
+        remarks: what was left out in reading.
+    """
+
+    name: str
+    score: Score
+    remarks: list[str] = field(default_factory=list)
+
+
+def read_prompt(source: "str | os.PathLike | bytes | Score | Prompt") -> Prompt:
+    """A prompt from a path, bytes or a score; one that was read already comes back as it is.
+
+    Raises:
+        InvalidMidiError: as `read_score`.
+    """
+    if isinstance(source, Prompt):
+        return source
+    if not isinstance(source, str | bytes | os.PathLike):
+        return Prompt("<score>", source)
+    with heard_warnings() as remarks:
+        score = read_score(source)
+    return Prompt("<bytes>" if isinstance(source, bytes) else os.fspath(source), score, remarks)
 
 
 def notes_from_score(score: Score) -> np.ndarray:

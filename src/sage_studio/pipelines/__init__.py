@@ -3,7 +3,7 @@
 import sage_studio.pipelines
 from transformers import pipeline
 pipe = pipeline("midi-continuation", model="FOLDER")
-result = pipe("prompt.mid", bars=16, seed=0)        # seconds=60 for PerceiverS
+result = pipe("prompt.mid", bars=16, seed=0)        # music_s=60 for PerceiverS
 open("continuation.mid", "wb").write(result["midi"])
 
 FOLDER is one that training wrote, or `sage_music.PRETRAINED`. A complete Hub repository and its folder bring a pipeline
@@ -15,14 +15,22 @@ model, tokenizer = load("EXPORTED FOLDER")
 pipe = pipeline("midi-continuation", model=model, tokenizer=tokenizer)
 """
 
+from functools import cache
+
 from transformers import AutoModelForCausalLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .bars import SageMusicContinuationPipeline
-from .continuation import ContinuationPipeline
-from .seconds import PerceiverSContinuationPipeline
+from sage_studio.families import Family, family_of
 
-FAMILIES = {family.model_type: family for family in (SageMusicContinuationPipeline, PerceiverSContinuationPipeline)}
+from .continuation import ContinuationPipeline
+
+
+@cache
+def pipeline_class(family: str) -> type[ContinuationPipeline]:
+    """The pipeline of a family, by its model_type."""
+    found: Family = family_of(family)
+    code = {name: staticmethod(found.load(name)) for name in ("plan", "together")}
+    return type(f"{found.prefix}ContinuationPipeline", (ContinuationPipeline,), {"family": found, **code})
 
 
 class MidiContinuationPipeline:
@@ -39,15 +47,11 @@ class MidiContinuationPipeline:
     _load_feature_extractor = ContinuationPipeline._load_feature_extractor
 
     def __new__(cls, model, *args, **kwargs) -> ContinuationPipeline:
-        if model.config.model_type not in FAMILIES:
-            raise ValueError(
-                f"midi-continuation takes a model of the type {' or '.join(FAMILIES)}, not {model.config.model_type!r}."
-            )
-        return FAMILIES[model.config.model_type](model, *args, **kwargs)
+        return pipeline_class(family_of(model).model_type)(model, *args, **kwargs)
 
 
 PIPELINE_REGISTRY.register_pipeline(
     "midi-continuation", pipeline_class=MidiContinuationPipeline, pt_model=AutoModelForCausalLM, type="text"
 )
 
-__all__ = ["MidiContinuationPipeline", "PerceiverSContinuationPipeline", "SageMusicContinuationPipeline"]
+__all__ = ["ContinuationPipeline", "MidiContinuationPipeline", "pipeline_class"]

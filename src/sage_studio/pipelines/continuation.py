@@ -1,9 +1,9 @@
-"""What the `midi-continuation` pipelines of both families share: inputs, options, batches, seeds, the result."""
+"""The `midi-continuation` pipeline of both families: inputs, options, batches, seeds, the result."""
 
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count, islice
 from typing import Any, ClassVar
 
@@ -15,7 +15,9 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from sage_studio.errors import InvalidMidiError
-from sage_studio.generation.sampling import TURN, Generated
+from sage_studio.families import Family, family_of
+from sage_studio.generation.result import Piece, Plan
+from sage_studio.generation.sampling import TURN
 from sage_studio.music.midi import notes_from_score
 from sage_studio.music.render import find_soundfont, synthesize
 
@@ -72,15 +74,32 @@ class ContinuationPipeline(Pipeline):
     once, each with its own seed: of a list with `seed=s`, item i is what it alone is with `seed=s + i` (-2**63 follows
     2**63 - 1). A list of seeds has one for each item. Without a seed one is drawn from torch's generator.
 
-    Options are those of the family's class, as arguments of a call, or of `pipeline()` for all calls. One process
-    generates one batch at a time, whichever thread asks.
+    Options, as arguments of a call, or of `pipeline()` for all calls; None leaves one to its default:
+        prompt_bars, bars: SAGE-Music: bars of the prompt to hear (4), and bars to write (16).
+        free: SAGE-Music: let the model bring in instruments, meters and tempos that the prompt does not have (false).
+        programs: SAGE-Music: the only General MIDI programs to use (-1: drums), instead of the prompt's.
+        generate_options: SAGE-Music: more options of `generate()`, such as `{"use_mtp": True}`, but none that the piece
+            has already (its length, its rules, beams); a batch is then written one by one.
+        prompt_s, music_s: PerceiverS: seconds of the prompt to hear (20), and seconds to write (60); `music_s=None`
+            lets `max_tokens` or the model end the piece.
+        max_tokens: PerceiverS: tokens to write at most.
+        max_note_s: PerceiverS: seconds after which a note is ended (6); None leaves that to the model.
+        temperature, top_p: sampling, the checkpoint's own by default; `temperature=0` takes the likeliest token.
+        seed: same seed, same music; of several inputs the i-th gets `seed + i`, or the i-th of a list.
+        time_limit: seconds of wall time for the generation of one batch; what is not finished then ends there (music in
+            bars with its last whole bar), and `remarks` says so. Waiting for other threads does not count.
+        audio, sample_rate: render sound too (false), in so many samples a second (44,100).
+
+    One process generates one batch at a time, whichever thread asks. Of a batch, PerceiverS writes at once those whose
+    prompts have equally many tokens, as several seeds for one prompt; others go one by one, because padding would
+    change what it hears.
 
     Result of one input, a dictionary:
         midi: bytes of a Standard MIDI file, prompt and new music.
         notes: note array (`sage_studio.music.notes`) of the whole.
         prompt_end_s: seconds at which the new music begins.
         new_notes: their number.
-        seconds: wall time of the generation, of the whole batch.
+        elapsed_s: seconds of wall time of the generation, of the whole batch.
         seed: with it the same call gives the same music.
         remarks: sentences about what was changed or left out on the way.
         audio, sampling_rate: with `audio=True`, float32 of shape (2, samples), and `sample_rate`.
@@ -98,15 +117,13 @@ class ContinuationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    model_type: ClassVar[str]
-    options: ClassVar[dict[str, str]]  # the family's own, and their kinds
-    nullable: ClassVar[set[str]] = {"temperature", "top_p", "seed", "time_limit"}  # of which `None` is the default
+    family: ClassVar[Family]
+    plan: ClassVar[Callable[..., Plan]]  # of a continuation
+    together: ClassVar[Callable[[list[Plan]], list[Piece]]]  # writes plans whose options, seeds aside, are equal
 
     def __init__(self, model, tokenizer=None, **kwargs):
-        if model.config.model_type != self.model_type:
-            raise ValueError(
-                f"{type(self).__name__} takes a model of the type {self.model_type}, not {model.config.model_type!r}."
-            )
+        if family_of(model) != self.family:
+            raise ValueError(f"this pipeline is {self.family.name}'s; the model is {family_of(model).name}'s.")
         if tokenizer is None:
             raise ValueError("midi-continuation needs the model's tokenizer: pipeline(..., tokenizer=tokenizer).")
         kwargs.pop("local_files_only", None)  # `pipeline()` has heeded it, and hands it on
@@ -118,15 +135,16 @@ class ContinuationPipeline(Pipeline):
     # ---- options
 
     def _sanitize_parameters(self, **given) -> tuple[dict, dict, dict]:
-        known = {**self.options, **BOTH, **RESULT}
+        own = self.family.options
+        known = {**{name: option.kind for name, option in own.items()}, **BOTH, **RESULT}
         given = {name: _plain(value) for name, value in given.items()}
         for name, value in given.items():
             if name not in known:
                 raise ValueError(
-                    f"midi-continuation of {self.model_type} has no option {name!r}, but {', '.join(known)}."
+                    f"midi-continuation of {self.family.name} has no option {name!r}, but {', '.join(known)}."
                 )
             passes, kind = KINDS[known[name]]
-            if value is None and name in self.nullable:
+            if value is None and (name in BOTH or (name in own and own[name].nullable)):
                 continue
             if not passes(value):
                 raise ValueError(f"{name} must be {kind}, not {value!r}.")
@@ -216,13 +234,14 @@ class ContinuationPipeline(Pipeline):
             inputs = inputs.to("tick")
             if not inputs.note_num():
                 raise InvalidMidiError("<score>", "it holds no notes.")
-        return {"plans": [self._plan(inputs, seed=self._draw_seed() if seed is None else seed, **options)]}
+        seed = self._draw_seed() if seed is None else seed
+        return {"plans": [self.plan(self.model, self.tokenizer, inputs, seed=seed, **options)]}
 
     # ---- music
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         plans = model_inputs["plans"]
-        return {"music": self._write(plans), "seeds": [plan.seed for plan in plans]}
+        return {"music": self.together(plans), "seeds": [plan.seed for plan in plans]}
 
     def postprocess(self, model_outputs: dict[str, Any], audio: bool = False, sample_rate: int = 44100) -> dict:
         """The result of one input; see the class."""
@@ -230,27 +249,15 @@ class ContinuationPipeline(Pipeline):
         result = {
             "midi": music.score.dumps_midi(),
             "notes": notes_from_score(music.score),
-            "prompt_end_s": self._prompt_end_s(music),
+            "prompt_end_s": music.prompt_end_s,
             "new_notes": music.notes,
-            "seconds": music.seconds,
+            "elapsed_s": music.elapsed_s,
             "seed": seed,
             "remarks": music.remarks,
         }
         if audio:
             result |= {"audio": synthesize(music.score, sample_rate), "sampling_rate": sample_rate}
         return result
-
-    def _plan(self, prompt: "str | os.PathLike | bytes | Score", **options):
-        """What is to be written after a prompt."""
-        raise NotImplementedError
-
-    def _write(self, plans: list) -> list[Generated]:
-        """The music of plans whose options, seeds aside, are equal."""
-        raise NotImplementedError
-
-    def _prompt_end_s(self, music: Generated) -> float:
-        """Seconds at which the new music begins."""
-        raise NotImplementedError
 
     # ---- saving
 

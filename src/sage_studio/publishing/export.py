@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub.utils import validate_repo_id
@@ -29,13 +28,14 @@ from transformers.utils import logging
 
 from sage_studio.checkpoints.loading import BUNDLED, load
 from sage_studio.errors import MissingExtraError
+from sage_studio.families import FAMILIES
 from sage_studio.generation.bars import continue_score
 from sage_studio.generation.seconds import continue_performance
 from sage_studio.music.midi import write_midi
 from sage_studio.music.render import render_piano_roll, render_wav
 
 from .cards import PLACEHOLDER, check_card, keeps_license, make_card, named, without_samples
-from .flattening import ROOT, SRC, flatten, project
+from .flattening import ROOT, SRC, flatten, project, version
 from .licences import (
     TASK,
     ExportError,
@@ -53,19 +53,21 @@ from .licences import (
     read_text,
 )
 
+# The file and the class of a repository's own pipeline. It gives `ContinuationPipeline` the functions that an installed
+# package finds by the names in `families`.
+PIPELINE = "midi_continuation", "MidiContinuationPipeline"
+PIPELINE_TEXT = """# The midi-continuation pipeline of this repository's model, of sage-music {version} (Apache-2.0).
+from .sage_studio_families import family_of
+from .{plan} import {plan_name}
+from .{together} import {together_name}
+from .sage_studio_pipelines_continuation import ContinuationPipeline
 
-class Family(NamedTuple):
-    """What a family's repository holds: the prefix of its classes, its pipeline's module and class."""
 
-    prefix: str
-    module: str
-    pipeline: str
-
-
-FAMILIES = {
-    "sage_music": Family("SageMusic", "sage_studio.pipelines.bars", "SageMusicContinuationPipeline"),
-    "perceivers": Family("PerceiverS", "sage_studio.pipelines.seconds", "PerceiverSContinuationPipeline"),
-}
+class {name}(ContinuationPipeline):
+    family = family_of("{model_type}")
+    plan = staticmethod({plan_name})
+    together = staticmethod({together_name})
+"""
 
 # The piece that samples continue: of a band, or without drums for a pianist.
 PROMPTS = {"sage_music": "ode_to_joy.mid", "perceivers": "greensleeves.mid"}
@@ -77,7 +79,7 @@ OWN_NAMES += ("config.json", "generation_config.json", "tokenizer_config.json", 
 OWN_NAMES += ("requirements.txt", "README.md", "LICENSE", "LICENSE-CODE", "NOTICE.md")
 # Of code: the Hub files that there are, for `train_sage_music.py` is somebody's own, and whatever was made flat.
 OWN_NAMES += (*(path.name for family in FAMILIES for path in sorted((SRC / family).glob(f"*_{family}.py"))),)
-OWN_NAMES += ("sage_studio_*.py",)
+OWN_NAMES += ("sage_studio_*.py", f"{PIPELINE[0]}.py")
 SAMPLES = ("samples/prompt.mid", *(f"samples/continuation.{kind}" for kind in ("mid", "wav", "png")))
 # What Python, a download and the Hub leave in it.
 PASSED_OVER = ("__pycache__", ".cache", ".gitattributes")
@@ -279,8 +281,15 @@ def write_code(model_type: str, folder: Path) -> None:
     family = FAMILIES[model_type]
     for path in sorted((SRC / model_type).glob(f"*_{model_type}.py")):
         shutil.copyfile(path, folder / path.name)
-    for name, text in flatten(family.module, model_type).items():
+    paths = {field: getattr(family, field).partition(":") for field in ("plan", "together")}
+    modules = ["sage_studio.pipelines.continuation", *(module for module, _, _ in paths.values())]
+    for name, text in flatten(modules, model_type).items():
         (folder / name).write_text(text, encoding="utf-8")
+    names = {field: module.replace(".", "_") for field, (module, _, _) in paths.items()}
+    names |= {f"{field}_name": name for field, (_, _, name) in paths.items()}
+    file, pipeline = PIPELINE
+    text = PIPELINE_TEXT.format(version=version(), model_type=model_type, name=pipeline, **names)
+    (folder / f"{file}.py").write_text(text, encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("handler.py"), folder / "handler.py")
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
     about = project()
@@ -294,11 +303,9 @@ def write_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder
     torch.set_num_threads(1)  # as fast where a model is small, and the same music on every machine of its kind
     try:
         if model.config.model_type == "perceivers":
-            music = continue_performance(model, tokenizer, prompt, prompt_seconds=11.0, seconds=16.0, seed=0)
-            prompt_end_s = music.prompt_seconds
+            music = continue_performance(model, tokenizer, prompt, prompt_s=11.0, music_s=16.0, seed=0)
         else:
             music = continue_score(model, tokenizer, prompt, prompt_bars=4, bars=8, seed=0)
-            prompt_end_s = music.prompt_end_s
     finally:
         torch.set_num_threads(threads)
     folder.mkdir()
@@ -306,7 +313,7 @@ def write_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder
     write_midi(folder / "continuation.mid", music.score)
     render_wav(folder / "continuation.wav", music.score, sample_rate=SAMPLE_RATE)
     in_seconds = model.config.model_type == "perceivers"
-    render_piano_roll(folder / "continuation.png", music.score, prompt_end_s, in_seconds=in_seconds)
+    render_piano_roll(folder / "continuation.png", music.score, music.prompt_end_s, in_seconds=in_seconds)
 
 
 def _write_own_license(origin: str, chosen: str, folder: Path, confirmed: bool) -> None:
@@ -342,7 +349,7 @@ def _write_weights(model: PreTrainedModel, origin: str, folder: Path, max_shard_
         "AutoModel": f"modeling_{model_type}.{family.prefix}Model",
         "AutoModelForCausalLM": f"modeling_{model_type}.{family.prefix}ForCausalLM",
     }
-    impl = f"{family.module.replace('.', '_')}.{family.pipeline}"
+    impl = ".".join(PIPELINE)
     model.config.custom_pipelines = {TASK: {"impl": impl, "pt": ["AutoModelForCausalLM"], "tf": [], "type": "text"}}
     if getattr(model, "_hf_peft_config_loaded", False):
         # Transformers would write the adapters alone, or, from 5.24 on beside PEFT 0.21, raise.

@@ -1,12 +1,12 @@
 """A package's modules as one flat folder: what a Hub repository holds beside a family's Hub files.
 
-    files = flatten("sage_studio.pipelines.bars", "sage_music")     # {"sage_studio_pipelines_bars.py": "...", ...}
+    files = flatten(["sage_studio.music.midi"], "sage_music")     # {"sage_studio_music_midi.py": "...", ...}
 
 Transformers copies remote code one level deep and finds it by a regular expression over import lines. So
-`sage_studio.pipelines.bars` becomes `sage_studio_pipelines_bars.py`, and its import lines siblings:
+`sage_studio.music.midi` becomes `sage_studio_music_midi.py`, and its import lines siblings:
 
-    from sage_studio.music.midi import read_score -> from .sage_studio_music_midi import read_score
-     from .continuation import ContinuationPipeline           ->  from .sage_studio_pipelines_continuation import ...
+    from sage_studio.files import write_atomic               ->  from .sage_studio_files import write_atomic
+    from .notes import NOTE_DTYPE                            ->  from .sage_studio_music_notes import NOTE_DTYPE
     from sage_music.cache_sage_music import SageMusicCache   ->  from .cache_sage_music import SageMusicCache
 
 Which modules travel follows from the imports. What cannot travel, or what Transformers would misread, is an error that
@@ -17,6 +17,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,11 +38,11 @@ class FlatteningError(ValueError):
         super().__init__(f"{path.name}, line {line}: {reason}")
 
 
-def flatten(module: str, family: str, source: Path = SRC) -> dict[str, str]:
-    """Flat files of a module and of all modules of its package that it needs.
+def flatten(modules: Sequence[str], family: str, source: Path = SRC) -> dict[str, str]:
+    """Flat files of modules of one package, and of all modules of that package that they need.
 
     Args:
-        module: dotted name, such as `sage_studio.pipelines.bars`.
+        modules: dotted names, such as `sage_studio.music.midi`.
         family: the package whose Hub files (`*_FAMILY.py`) travel beside them, such as `sage_music`.
         source: folder of the packages.
 
@@ -53,7 +54,7 @@ def flatten(module: str, family: str, source: Path = SRC) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     owners: dict[str, str] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         flat = f"{name.replace('.', '_')}.py"

@@ -6,13 +6,13 @@ Hugging Face's inference toolkit makes `EndpointHandler(folder)` once and calls 
 
 Parameters are the options of the repository's `midi-continuation` pipeline: `temperature`, `top_p`, `seed`, `audio`,
 `sample_rate` of every model; `prompt_bars`, `bars`, `free`, `programs`, `generate_options` of SAGE-Music;
-`prompt_seconds`, `seconds`, `max_tokens`, `max_note_seconds` of PerceiverS. The answer is
+`prompt_s`, `music_s`, `max_tokens`, `max_note_s` of PerceiverS. The answer is
 
     {"midi": "<base64>", "notes": [{"onset_s", "duration_s", "pitch", "velocity", "program", "track"}, ...],
-     "prompt_end_s": 8.0, "new_notes": 57, "seconds": 1.2, "remarks": [...], "seed": 1}
+     "prompt_end_s": 8.0, "new_notes": 57, "elapsed_s": 1.2, "remarks": [...], "seed": 1}
 
 and with `"audio": true` also `"audio"`, base64 of a 16-bit stereo WAV. `seed` gives the same music again; without one
-a request gets its own. `"seconds": null` leaves the end to `max_tokens`, within the server's limit of seconds. What
+a request gets its own. `"music_s": null` leaves the end to `max_tokens`, within the server's limit of seconds. What
 goes wrong is an answer too, never an exception:
 
     {"error": {"type": "invalid_midi", "message": "damaged or truncated MIDI (...)."}}
@@ -38,6 +38,7 @@ just have been finished. `SAGE_MUSIC_BATCH=1`: neither.
 
 import base64
 import binascii
+import inspect
 import io
 import logging
 import os
@@ -55,14 +56,6 @@ from transformers import pipeline
 
 logger = logging.getLogger(__name__)
 
-# Lengths where a request names none: the pipeline's own, unless the server allows less.
-DEFAULT_PROMPT_BARS, DEFAULT_BARS = 4, 16
-DEFAULT_PROMPT_SECONDS, DEFAULT_SECONDS = 20.0, 60.0
-
-FAMILIES = {
-    "sage_music": ("SAGE-Music", ("prompt_bars", "bars", "free", "programs", "generate_options")),
-    "perceivers": ("PerceiverS", ("prompt_seconds", "seconds", "max_tokens", "max_note_seconds")),
-}
 SOUND = ("audio", "sample_rate")
 COMMON = ("temperature", "top_p", "seed", *SOUND)
 
@@ -86,9 +79,9 @@ class Limits:
         max_changes: of tempo and meter in it.
         max_quarters: its length in quarter notes.
         max_prompt_bars, max_bars: bars of prompt, new bars (SAGE-Music).
-        max_prompt_seconds, max_seconds, max_tokens: seconds of prompt, new seconds and tokens (PerceiverS).
+        max_prompt_s, max_music_s, max_tokens: seconds of prompt, new seconds and tokens (PerceiverS).
         max_prompt_tokens: tokens of prompt that the model hears; no time limit can interrupt their reading.
-        max_audio_seconds: of prompt and new music together, where audio is asked for.
+        max_audio_s: seconds of prompt and new music together, where audio is asked for.
         time_limit: seconds that one generation may take; the music then ends early, with a remark.
         max_waiting: requests being served or waiting; the next one is told that the server is busy.
         max_wait: seconds after which a request whose turn has not come is told so too.
@@ -102,11 +95,11 @@ class Limits:
     max_quarters: int = 20_000
     max_prompt_bars: int = 256
     max_bars: int = 64
-    max_prompt_seconds: float = 600.0
-    max_seconds: float = 120.0
+    max_prompt_s: float = 600.0
+    max_music_s: float = 120.0
     max_tokens: int = 20_000
     max_prompt_tokens: int = 8_192
-    max_audio_seconds: float = 240.0
+    max_audio_s: float = 240.0
     time_limit: float = 60.0
     max_waiting: int = 64
     max_wait: float = 120.0
@@ -191,8 +184,10 @@ class EndpointHandler:
         self.limits = Limits.from_environment(**limits)
         folder = os.fspath(path) or str(Path(__file__).resolve().parent)
         self.pipe = pipeline("midi-continuation", model=folder, trust_remote_code=True)
-        self.family, own = FAMILIES[self.pipe.model.config.model_type]
-        self.options = own + COMMON
+        self.family = self.pipe.family
+        self.options = (*self.family.options, *COMMON)
+        parameters = inspect.signature(self.pipe.plan).parameters
+        self.defaults = {name: parameters[name].default for name in (self.family.prompt_length, self.family.length)}
         self._inside = threading.BoundedSemaphore(self.limits.max_waiting)
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[Job] = deque()
@@ -233,23 +228,19 @@ class EndpointHandler:
         for name, value in given.items():
             if name not in self.options:
                 known = ", ".join(self.options)
-                raise RequestError(f"{_quoted(name)} is no parameter of {self.family}; these are: {known}.")
+                raise RequestError(f"{_quoted(name)} is no parameter of {self.family.name}; these are: {known}.")
             if value is not None:  # null: as if it were not there, but for the two below
                 options[name] = _checked(name, value, self.limits)
-            elif name == "max_note_seconds":
+            elif name == "max_note_s":
                 options[name] = None
-        limits = self.limits
-        if self.family == "SAGE-Music":
-            options.setdefault("prompt_bars", min(DEFAULT_PROMPT_BARS, limits.max_prompt_bars))
-            options.setdefault("bars", min(DEFAULT_BARS, limits.max_bars))
-        else:
-            options.setdefault("prompt_seconds", min(DEFAULT_PROMPT_SECONDS, limits.max_prompt_seconds))
-            seconds = DEFAULT_SECONDS
-            if "seconds" in given and given["seconds"] is None:
+        # Lengths where a request names none: the pipeline's own, unless the server allows less.
+        for name, default in self.defaults.items():
+            most = getattr(self.limits, f"max_{name}")
+            if self.family.options[name].nullable and name in given and given[name] is None:
                 if "max_tokens" not in options:
-                    raise RequestError("seconds is null: give max_tokens, one of them must end the piece.")
-                seconds = limits.max_seconds
-            options.setdefault("seconds", min(seconds, limits.max_seconds))
+                    raise RequestError(f"{name} is null: give max_tokens, one of them must end the piece.")
+                default = most
+            options.setdefault(name, min(default, most))
         return options
 
     # ---- generating, one batch at a time
@@ -293,7 +284,7 @@ class EndpointHandler:
 
     def _key(self, job: Job):
         """Jobs of equal keys are decoded together."""
-        if self.family == "PerceiverS":
+        if not self.family.counts_bars:
             return job.midi, job.options  # prompts of other lengths would only wait for each other
         if "generate_options" in job.options:
             return id(job)
@@ -321,7 +312,7 @@ class EndpointHandler:
         heard = min(len(plan.ids), self.pipe.model.config.max_position_embeddings)
         if heard > limits.max_prompt_tokens:
             raise TooLarge(f"the prompt has {heard:,} tokens, {limits.max_prompt_tokens:,} at most: shorten it.")
-        if self.family == "PerceiverS":  # where a request names none, seconds have room for many
+        if not self.family.counts_bars:  # where a request names none, seconds have room for many
             plan.budget = min(plan.budget, limits.max_tokens)
         return plan
 
@@ -363,13 +354,13 @@ class EndpointHandler:
             "notes": [dict(zip(notes.dtype.names, row, strict=True)) for row in zip(*columns, strict=True)],
             "prompt_end_s": round(float(result["prompt_end_s"]), 6),
             "new_notes": int(result["new_notes"]),
-            "seconds": float(result["seconds"]),
+            "elapsed_s": float(result["elapsed_s"]),
             "remarks": [str(remark).removeprefix("<bytes>: ") for remark in result["remarks"]],
             "seed": job.seed,
         }
         if job.sound.get("audio"):
-            if end_s > self.limits.max_audio_seconds:
-                most = f"audio may last {self.limits.max_audio_seconds:g} s"
+            if end_s > self.limits.max_audio_s:
+                most = f"audio may last {self.limits.max_audio_s:g} s"
                 raise TooLarge(f"{most}, and this music lasts {end_s:.0f} s: ask for less, or without audio.")
             result = self.pipe.postprocess(music, **job.sound)
             answer["audio"] = base64.b64encode(_wav(result["audio"], result["sampling_rate"])).decode("ascii")
@@ -556,9 +547,9 @@ def _checked(name: str, value, limits: Limits):
             "num_assistant_tokens": (1, 4),
             "temperature": (0.0, 10.0),
             "top_p": (0.001, 1.0),
-            "prompt_seconds": (0.01, limits.max_prompt_seconds),
-            "seconds": (0.01, limits.max_seconds),
-            "max_note_seconds": (0.01, 600.0),
+            "prompt_s": (0.01, limits.max_prompt_s),
+            "music_s": (0.01, limits.max_music_s),
+            "max_note_s": (0.01, 600.0),
         }[name]
         kinds, words = (int, "a whole number") if isinstance(low, int) else (int | float, "a number")
         if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value < float("inf"):  # NaN neither

@@ -11,8 +11,8 @@ from symusic import ControlChange, Note, Score, Tempo, Track
 from sage_studio.checkpoints import load
 from sage_studio.errors import InvalidMidiError
 from sage_studio.generation.bars import Row, continue_score, generate_piece, plan_continuation
-from sage_studio.generation.sampling import heard_warnings
-from sage_studio.music.midi import bar_ticks
+from sage_studio.generation.bars_batch import write_together
+from sage_studio.music.midi import bar_ticks, heard_warnings
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def bars_in(score: Score) -> np.ndarray:
 def test_a_continuation_keeps_the_prompt_and_stops_at_the_bar(loaded):
     prompt = band(bars=8, seed=1, qpm=101)
     piece = continue_score(*loaded, prompt, prompt_bars=4, bars=3, seed=0)
-    assert (piece.prompt_bars, piece.bars) == (4, 3)
+    assert piece.bars == 3 and piece.tokens > piece.notes
     end = 4 * 4 * 48
     assert [n for n in notes_of(piece.score) if n[1] < end] == [n for n in notes_of(prompt) if n[1] < end]
     bars = bars_in(piece.score)
@@ -94,10 +94,11 @@ def test_a_long_piece_keeps_its_only_instrument(loaded):
     score = Score(480)
     score.tracks.append(Track(program=73))
     score.tracks[0].notes.extend([Note(240 * i, 240, 72 + i % 7, 80) for i in range(8 * 60)])
-    piece = continue_score(model, tokenizer, score, prompt_bars=60, bars=2, seed=0, programs=[73])
+    plan = plan_continuation(model, tokenizer, score, prompt_bars=60, bars=2, seed=0, programs=[73])
+    piece = plan.write()
     assert {program for program, _, _ in notes_of(piece.score)} == {73}
     assert any("longer than the context" in remark for remark in piece.remarks)
-    assert piece.prompt_bars == 60 and piece.bars == 2
+    assert plan.prompt_bars == 60 and piece.bars == 2
 
 
 def test_one_overfull_bar_is_refused(loaded):
@@ -109,13 +110,23 @@ def test_one_overfull_bar_is_refused(loaded):
         plan_continuation(*loaded, score, prompt_bars=4, bars=1)
 
 
+def test_a_plan_can_be_cancelled_alone_and_in_a_batch(loaded):
+    plans = [plan_continuation(*loaded, band(bars=2, seed=1), prompt_bars=2, bars=2, seed=seed) for seed in (0, 1)]
+    whole = plans[1].write()
+    plans[0].cancel()
+    ended, other = write_together(plans)
+    assert ended.bars < 2 and "cancelled in bar" in ended.remarks[-1]
+    assert other.ids == whole.ids and other.remarks == []
+    assert plans[0].write().remarks[-1] == "cancelled before it began"
+
+
 def test_a_bar_that_outgrows_the_context_ends_the_piece(loaded):
     """What the model has written is kept, where it is alone and where it is in a batch."""
     plan = plan_continuation(*loaded, band(bars=1), prompt_bars=1, bars=4)
     row, tokenizer = Row(plan, []), loaded[1]
     note = ["Position_0", "Program_0", "Pitch_60", "Velocity_63", "Duration_1.0.12"]
     row.take(tokenizer.convert_tokens_to_ids(["Bar_None", "TimeSig_4/4", *note * 390]))
-    assert not row.goes_on and row.kept == 3
+    assert not row.goes_on and row.kept == 2
     assert row.remarks == ["stopped at bar 3: it grew longer than the context"]
 
 
@@ -128,7 +139,7 @@ def test_progress_counts_bars_and_notes(loaded):
 
 def test_a_time_limit_ends_a_piece_with_a_whole_bar(loaded):
     piece = continue_score(*loaded, band(bars=4, seed=1), bars=200, seed=0, time_limit=1.0)
-    assert piece.bars < 200 and piece.seconds < 10
+    assert piece.bars < 200 and piece.elapsed_s < 10
     assert piece.remarks == [f"the time limit of 1 s ended the piece after {piece.bars} of 200 bars"]
     assert bars_in(piece.score).max() < 4 + piece.bars
     whole = continue_score(*loaded, band(bars=4, seed=1), bars=piece.bars + 1, seed=0, time_limit=60)

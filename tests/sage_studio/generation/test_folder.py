@@ -157,7 +157,7 @@ def test_prompts_written_at_once_are_what_they_are_alone(prompts, whole, tmp_pat
 def test_performances_in_seconds(prompts, tmp_path):
     """The second process first: what it has noted the first one finds."""
     model, tokenizer = load("perceivers")
-    options = {"seconds": 1.0, "prompt_seconds": 2.0, "temperature": 0.8}
+    options = {"music_s": 1.0, "prompt_s": 2.0, "temperature": 0.8}
     one = continue_folder(model, tokenizer, prompts, tmp_path / "one", **options)
     assert continue_folder(model, tokenizer, prompts, tmp_path / "two", rank=1, ranks=2, **options) is None
     assert continue_folder(model, tokenizer, prompts, tmp_path / "two", rank=0, ranks=2, **options) == one
@@ -165,7 +165,7 @@ def test_performances_in_seconds(prompts, tmp_path):
     continued = [record for record in one if "error" not in record]
     assert len(continued) == 4 and len(one) == 6
     for record in continued:
-        assert record["seconds"] == pytest.approx(1.0, abs=0.011)
+        assert record["music_s"] == pytest.approx(1.0, abs=0.011)
         notes = read_notes(tmp_path / "one" / record["output"])
         assert np.max(notes["onset_s"] + notes["duration_s"]) < 3.1
 
@@ -207,11 +207,11 @@ def test_the_fingerprint_is_of_all_that_the_music_depends_on(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seconds", "3"], "--seconds is no option of this checkpoint, which has --bars, --prompt-bars"),
+        (["--seconds", "3"], "--seconds is an option of PerceiverS"),
         (["--temperature", "-1"], "temperature -1.0"),
         (["--programs", "300"], "programs are 0-127"),
         (["--model", "./nothing"], "no such folder"),
-        (["--model", "perceivers"], "--bars is no option"),
+        (["--model", "perceivers"], "this checkpoint is PerceiverS, with --prompt-seconds, --seconds"),
         (["--device", "cudas"], "cudas"),
     ],
 )

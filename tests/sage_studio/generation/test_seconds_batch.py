@@ -20,14 +20,14 @@ def loaded():
 def test_performances_are_what_they_are_alone(loaded):
     """Three seeds of one prompt, which go together, and two other prompts, which do not."""
     prompts = [piano(seed=1)] * 2 + [piano(seed=2), piano(1.5, seed=3)] + [piano(seed=1)]
-    options = {"prompt_seconds": 2, "seconds": 1.5, "max_note_seconds": 0.8}
+    options = {"prompt_s": 2, "music_s": 1.5, "max_note_s": 0.8}
     plans = [plan_continuation(*loaded, prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
     together = write_together(plans)
     for seed, (prompt, performance) in enumerate(zip(prompts, together, strict=True)):
         alone = continue_performance(*loaded, prompt, seed=seed, **options)
         assert performance.ids == alone.ids and performance.remarks == alone.remarks
         assert performance.score.dumps_midi() == alone.score.dumps_midi()
-    assert together[0].seconds == together[1].seconds == together[4].seconds != together[2].seconds
+    assert together[0].elapsed_s == together[1].elapsed_s == together[4].elapsed_s != together[2].elapsed_s
     assert len({tuple(performance.ids) for performance in together}) == 5
     assert write_together([]) == []
 
@@ -35,7 +35,7 @@ def test_performances_are_what_they_are_alone(loaded):
 def test_rows_that_the_model_ends_wait_for_the_others(loaded):
     model, tokenizer = loaded
     model.generation_config.sequence_bias = [[[388], 6.0]]
-    options = {"prompt_seconds": 2, "seconds": None, "max_tokens": 200, "max_note_seconds": 0.1}
+    options = {"prompt_s": 2, "music_s": None, "max_tokens": 200, "max_note_s": 0.1}
     try:
         together = write_together(
             [plan_continuation(model, tokenizer, piano(seed=1), seed=seed, **options) for seed in range(4)]
@@ -49,7 +49,7 @@ def test_rows_that_the_model_ends_wait_for_the_others(loaded):
 
 
 def test_a_time_that_the_checkpoint_names_cuts_no_performance(loaded):
-    options = {"prompt_seconds": 2, "seconds": 1, "max_note_seconds": 0.8, "seed": 3}
+    options = {"prompt_s": 2, "music_s": 1, "max_note_s": 0.8, "seed": 3}
     before = continue_performance(*loaded, piano(seed=1), **options)
     config = loaded[0].generation_config
     config.max_time = 1e-6
@@ -62,15 +62,13 @@ def test_a_time_that_the_checkpoint_names_cuts_no_performance(loaded):
 
 
 def test_a_time_limit_ends_all_rows_where_they_are(loaded):
-    plans = [plan_continuation(*loaded, piano(seed=1), seconds=5000, seed=seed, time_limit=0.4) for seed in (1, 2)]
+    plans = [plan_continuation(*loaded, piano(seed=1), music_s=5000, seed=seed, time_limit=0.4) for seed in (1, 2)]
     for performance in write_together(plans):
-        assert 0 < performance.music_seconds < 5000
-        assert performance.remarks[-1] == (
-            f"the time limit of 0.4 s ended the piece after {performance.music_seconds:.2f} s"
-        )
+        assert 0 < performance.music_s < 5000
+        assert performance.remarks[-1] == (f"the time limit of 0.4 s ended the piece after {performance.music_s:.2f} s")
 
 
 def test_rows_of_a_batch_share_their_options(loaded):
-    plans = [plan_continuation(*loaded, piano(), seconds=seconds) for seconds in (1, 2)]
-    with pytest.raises(ValueError, match="share one seconds"):
+    plans = [plan_continuation(*loaded, piano(), music_s=seconds) for seconds in (1, 2)]
+    with pytest.raises(ValueError, match="share one music_s"):
         write_together(plans)

@@ -22,8 +22,8 @@ from sage_music import SageMusicTokenizer
 from sage_studio.checkpoints import load
 from sage_studio.cli import main
 from sage_studio.errors import InvalidMidiError
-from sage_studio.generation.bars import continue_score, generate_piece
-from sage_studio.generation.stream import NoteStreamer, latency_report, stream_continuation, stream_piece
+from sage_studio.generation.bars import continue_score, generate_piece, plan_continuation, plan_piece
+from sage_studio.generation.stream import NoteStreamer, latency_report
 from sage_studio.music.midi import bar_ticks, read_score, tick_to_seconds
 
 SAINTS = Path(__file__).resolve().parents[3] / "examples" / "saints.mid"
@@ -144,11 +144,11 @@ def test_bars_and_seconds_are_the_score_s(vocabulary):
     notes = feed(NoteStreamer(vocabulary), ids, 40)
     onsets = np.array([round(note.onset * TPQ) for note in notes])
     assert [note.bar for note in notes] == np.searchsorted(lines, onsets, side="right").tolist()
-    assert [note.onset_seconds for note in notes] == pytest.approx(tick_to_seconds(score, onsets).tolist(), abs=1e-5)
+    assert [note.onset_s for note in notes] == pytest.approx(tick_to_seconds(score, onsets).tolist(), abs=1e-5)
     last = notes[-1]  # no tempo change after it
     end = tick_to_seconds(score, np.array([onsets[-1] + round(last.duration * TPQ)]))[0]
-    assert last.onset_seconds + last.duration_seconds == pytest.approx(end, abs=1e-5)
-    assert [note.wall_seconds for note in notes] == sorted(note.wall_seconds for note in notes)
+    assert last.onset_s + last.duration_s == pytest.approx(end, abs=1e-5)
+    assert [note.elapsed_s for note in notes] == sorted(note.elapsed_s for note in notes)
 
 
 def test_one_sequence_and_one_generation(tokenizer):
@@ -178,7 +178,7 @@ def test_generation_by_the_checkpoint(loaded, options):
     notes = list(streamer)
     ids = future.result()[0].tolist()
     assert of_stream(notes) == new_notes(tokenizer, ids, len(prompt)) and len(notes) > 15
-    assert 0 < notes[0].wall_seconds < notes[-1].wall_seconds
+    assert 0 < notes[0].elapsed_s < notes[-1].elapsed_s
 
 
 @pytest.mark.parametrize("kind", ["plain", "bpe"])
@@ -256,14 +256,14 @@ def test_a_stream_is_the_continuation(loaded, free):
     options |= {"temperature": 1.3, "top_p": 1.0} if free else {}
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    with stream_continuation(*loaded, prompt, **options) as stream:
+    with plan_continuation(*loaded, prompt, **options).stream() as stream:
         notes = list(stream)
     same = continue_score(*loaded, prompt, **options)
     assert stream.piece.ids == same.ids and stream.piece.score == same.score
     assert len(notes) == same.notes and all(note.bar in (5, 6, 7) for note in notes)
     assert of_stream(notes) == of_score(same.score) - of_score(loaded[1].decode_midi(same.ids, bars=4))
     onsets = tick_to_seconds(same.score, np.array([round(note.onset * TPQ) for note in notes]))
-    assert [note.onset_seconds for note in notes] == pytest.approx(onsets.tolist(), abs=1e-5)
+    assert [note.onset_s for note in notes] == pytest.approx(onsets.tolist(), abs=1e-5)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -272,7 +272,7 @@ def test_a_stream_goes_on_beyond_the_context(loaded):
     context = model.config.max_position_embeddings
     model.config.max_position_embeddings = 256
     try:
-        with stream_continuation(model, tokenizer, SAINTS, prompt_bars=2, bars=8, seed=0) as stream:
+        with plan_continuation(model, tokenizer, SAINTS, prompt_bars=2, bars=8, seed=0).stream() as stream:
             notes = list(stream)
         piece = continue_score(model, tokenizer, SAINTS, prompt_bars=2, bars=8, seed=0)
     finally:
@@ -284,23 +284,23 @@ def test_a_stream_goes_on_beyond_the_context(loaded):
 
 def test_a_stream_from_nothing(loaded):
     options = {"bars": 2, "seed": 3, "tempo": 133, "programs": [0, -1]}
-    with stream_piece(*loaded, **options) as stream:
+    with plan_piece(*loaded, **options).stream() as stream:
         notes = list(stream)
     assert stream.piece.ids == generate_piece(*loaded, **options).ids
     assert of_stream(notes) == of_score(stream.piece.score)
-    assert notes[-1].onset_seconds == pytest.approx(notes[-1].onset * 60 / 133, abs=1e-4)
+    assert notes[-1].onset_s == pytest.approx(notes[-1].onset * 60 / 133, abs=1e-4)
 
 
 def test_streams_at_once_are_as_they_are_alone(loaded):
-    streams = [stream_continuation(*loaded, SAINTS, bars=1, seed=seed) for seed in (1, 2)]
+    streams = [plan_continuation(*loaded, SAINTS, bars=1, seed=seed).stream() for seed in (1, 2)]
     meanwhile = continue_score(*loaded, SAINTS, bars=1, seed=3)
     alone = [continue_score(*loaded, SAINTS, bars=1, seed=seed) for seed in (1, 2, 3)]
     assert [piece.ids for piece in alone] == [*(stream.piece.ids for stream in streams), meanwhile.ids]
 
 
 def test_a_cancelled_stream_leaves_what_there_is(loaded):
-    with stream_continuation(*loaded, SAINTS, bars=200, seed=0) as stream:
-        waiting = stream_continuation(*loaded, SAINTS, bars=200, seed=0)
+    with plan_continuation(*loaded, SAINTS, bars=200, seed=0).stream() as stream:
+        waiting = plan_continuation(*loaded, SAINTS, bars=200, seed=0).stream()
         notes = []
         for note in stream:
             notes.append(note)
@@ -316,11 +316,11 @@ def test_a_cancelled_stream_leaves_what_there_is(loaded):
 
 
 def test_a_dropped_stream_cancels_itself(loaded):
-    stream = stream_continuation(*loaded, SAINTS, bars=500, seed=0)
+    stream = plan_continuation(*loaded, SAINTS, bars=500, seed=0).stream()
     for _ in stream:
         break
     assert stream.piece.bars < 500
-    never_listened_to = stream_continuation(*loaded, SAINTS, bars=500, seed=0)
+    never_listened_to = plan_continuation(*loaded, SAINTS, bars=500, seed=0).stream()
     (thread,) = running()
     del never_listened_to
     gc.collect()
@@ -331,11 +331,11 @@ def test_a_dropped_stream_cancels_itself(loaded):
 def test_wrong_input_is_refused_at_once(loaded, tmp_path):
     (tmp_path / "x.mid").write_bytes(b"no")
     with pytest.raises(InvalidMidiError, match=r"x\.mid"):
-        stream_continuation(*loaded, tmp_path / "x.mid")
+        plan_continuation(*loaded, tmp_path / "x.mid").stream()
     with pytest.raises(ValueError, match="bars 0"):
-        stream_continuation(*loaded, SAINTS, bars=0)
+        plan_continuation(*loaded, SAINTS, bars=0).stream()
     with pytest.raises(ValueError, match="temperature"):
-        stream_piece(*loaded, temperature=-1)
+        plan_piece(*loaded, temperature=-1).stream()
     assert not running()
 
 
@@ -374,7 +374,7 @@ def test_the_command_prints_json_lines(capsys, tmp_path):
     *notes, summary = map(json.loads, captured.out.splitlines())
     assert captured.err == "" and len(notes) == summary["notes"] == summary["latency"]["notes"] > 5
     assert list(notes[0])[:3] == ["program", "pitch", "velocity"] and summary["bars"] == 2
-    assert summary["latency"]["first_note_ms"] == pytest.approx(1e3 * notes[0]["wall_seconds"], abs=0.01)
+    assert summary["latency"]["first_note_ms"] == pytest.approx(1e3 * notes[0]["elapsed_s"], abs=0.01)
     main(["continue", str(SAINTS), "--bars", "2", "--seed", "4", "--out", str(tmp_path / "b.mid")])
     assert (tmp_path / "a.mid").read_bytes() == (tmp_path / "b.mid").read_bytes()
 
@@ -446,8 +446,8 @@ def test_an_interrupt_ends_the_command(process):
 
 def test_the_end_of_the_program_ends_a_stream():
     code = (
-        "from sage_studio.checkpoints.loading import load; from sage_studio.generation.stream import stream_piece\n"
-        "stream = stream_piece(*load(), bars=90_000, seed=1); notes = iter(stream); print(next(notes).pitch)"
+        "from sage_studio.checkpoints import load; from sage_studio.generation.bars import plan_piece\n"
+        "stream = plan_piece(*load(), bars=90_000, seed=1).stream(); notes = iter(stream); print(next(notes).pitch)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and run.stderr == "" and int(run.stdout) >= 0

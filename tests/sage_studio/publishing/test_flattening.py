@@ -41,7 +41,7 @@ def source(tmp_path):
 
 
 def test_flat_files_run_as_siblings(source, tmp_path):
-    files = flatten("kit.pipes.bars", "family", source)
+    files = flatten(["kit.pipes.bars"], "family", source)
     assert list(files) == ["kit_defaults.py", "kit_midi.py", "kit_pipes_bars.py", "kit_pipes_base.py"]
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -56,7 +56,7 @@ def test_flat_files_run_as_siblings(source, tmp_path):
 
 
 def test_only_import_lines_change_and_a_header_says_where_from(source):
-    files = flatten("kit.pipes.bars", "family", source)
+    files = flatten(["kit.pipes.bars"], "family", source)
     header, *lines = files["kit_midi.py"].splitlines()
     assert header.startswith("# kit.midi of sage-music ") and str(source) not in header
     before = MODULES["kit/midi.py"].splitlines()
@@ -87,23 +87,26 @@ def test_only_import_lines_change_and_a_header_says_where_from(source):
 def test_what_cannot_travel_is_refused_by_file_and_line(source, line, reason):
     (source / "kit/wrong.py").write_text(f"import os\n{line}\n")
     with pytest.raises(FlatteningError, match=rf"^wrong.py, line [23]: .*{reason}"):
-        flatten("kit.wrong", "family", source)
+        flatten(["kit.wrong"], "family", source)
 
 
 def test_two_modules_of_one_flat_name_are_refused(source):
     (source / "kit/pipes_base.py").write_text("")
     (source / "kit/wrong.py").write_text("from .pipes_base import x\nfrom kit.pipes.base import y\n")
     with pytest.raises(FlatteningError, match=r"becomes kit_pipes_base\.py, as kit\.pipes"):
-        flatten("kit.wrong", "family", source)
+        flatten(["kit.wrong"], "family", source)
 
 
 @pytest.mark.parametrize(
-    ("module", "family"),
-    [("sage_studio.pipelines.bars", "sage_music"), ("sage_studio.pipelines.seconds", "perceivers")],
+    ("modules", "family"),
+    [
+        (["sage_studio.pipelines.continuation", "sage_studio.generation.bars_batch"], "sage_music"),
+        (["sage_studio.pipelines.continuation", "sage_studio.generation.seconds_batch"], "perceivers"),
+    ],
 )
-def test_the_pipelines_travel(module, family):
+def test_the_pipelines_travel(modules, family):
     """What an export holds keeps the rule of Hub files: it imports what a model's repository has."""
-    files = flatten(module, family)
+    files = flatten(modules, family)
     hub = {path.name for path in (Path(__file__).resolve().parents[3] / "src" / family).glob(f"*_{family}.py")}
     for name, text in files.items():
         for node in ast.walk(ast.parse(text)):

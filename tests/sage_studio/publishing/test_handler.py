@@ -21,7 +21,6 @@ import pytest
 from conftest import band
 from serve import post, request_for, running
 
-from sage_studio import defaults
 from sage_studio.checkpoints import load
 from sage_studio.errors import InvalidMidiError
 from sage_studio.generation.bars import continue_score
@@ -114,13 +113,13 @@ def module():
 @pytest.fixture(scope="module")
 def handler(module, repositories):
     """One in this process, with narrow limits."""
-    return module.EndpointHandler(repositories["sage-music"], max_bars=24, max_waiting=6, max_audio_seconds=30)
+    return module.EndpointHandler(repositories["sage-music"], max_bars=24, max_waiting=6, max_audio_s=30)
 
 
 # What is wrong with a request: body or parameters, the type of the answer, words in it.
 WRONG_PARAMETERS = [
     ({"bar": 4}, "invalid_request", "'bar' is no parameter of SAGE-Music"),
-    ({"seconds": 4}, "invalid_request", "these are: prompt_bars, bars"),
+    ({"music_s": 4}, "invalid_request", "these are: prompt_bars, bars"),
     ({"time_limit": 1e9}, "invalid_request", "'time_limit'"),
     ({"x" * 5000: 1}, "invalid_request", "xxx..."),
     ({"bars": True}, "invalid_request", "bars must be a whole number from 1 to 64"),
@@ -253,7 +252,7 @@ def test_an_answer_is_whole(address):
     new = [note for note in answer["notes"] if note["onset_s"] >= 4.0]
     assert answer["new_notes"] == len(new) > 0
     assert {note["program"] for note in new} == {33}
-    assert answer["seconds"] > 0
+    assert answer["elapsed_s"] > 0
     assert isinstance(answer["remarks"], list)
     assert post(address, body)[1]["midi"] == answer["midi"]
 
@@ -485,8 +484,6 @@ def test_the_handler_stands_alone_and_agrees_with_the_package(module):
             assert node.level == 0
             imported.add(node.module.split(".")[0])
     assert imported <= {"numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
-    assert (module.DEFAULT_PROMPT_BARS, module.DEFAULT_BARS) == (defaults.PROMPT_BARS, defaults.BARS)
-    assert (module.DEFAULT_PROMPT_SECONDS, module.DEFAULT_SECONDS) == (defaults.PROMPT_SECONDS, defaults.SECONDS)
     documented = module.Limits.__doc__
     assert all(limit.name in documented for limit in fields(module.Limits))
 
@@ -495,33 +492,33 @@ def test_the_handler_stands_alone_and_agrees_with_the_package(module):
 
 
 def test_what_a_request_leaves_out_is_within_the_limits_of_seconds(module, repositories):
-    handler = module.EndpointHandler(repositories["perceivers"], max_prompt_seconds=1.5, max_seconds=1.0)
-    for options in ({}, {"seconds": None, "max_tokens": 1500, "max_note_seconds": 0.02, "temperature": 10}):
+    handler = module.EndpointHandler(repositories["perceivers"], max_prompt_s=1.5, max_music_s=1.0)
+    for options in ({}, {"music_s": None, "max_tokens": 1500, "max_note_s": 0.02, "temperature": 10}):
         answer = handler(request_for(prompt(0, bars=4), seed=0, **options))
         assert answer["prompt_end_s"] == 1.5
         assert 1.5 < max(note["onset_s"] + note["duration_s"] for note in answer["notes"]) < 2.52
     handler = module.EndpointHandler(repositories["perceivers"], max_tokens=40)
-    remarks = handler(request_for(prompt(0), seed=0, prompt_seconds=1.5))["remarks"]
+    remarks = handler(request_for(prompt(0), seed=0, prompt_s=1.5))["remarks"]
     assert any("limit of 40 new tokens" in remark for remark in remarks), remarks
 
 
 def test_performances_of_several_at_once_are_their_own(repositories):
-    asked = [(prompt(seed), {"seed": seed, "prompt_seconds": 2.0, "seconds": 1.0}) for seed in range(6)]
+    asked = [(prompt(seed), {"seed": seed, "prompt_s": 2.0, "music_s": 1.0}) for seed in range(6)]
     with running(repositories["perceivers"], OMP_NUM_THREADS="1") as address:
         with ThreadPoolExecutor(8) as pool:
             sent = [pool.submit(post, address, request_for(midi, **parameters)) for midi, parameters in asked]
             wrong = [
                 pool.submit(post, address, request_for(prompt(0), **parameters))
-                for parameters in ({"bars": 4}, {"seconds": None}, {"seconds": 10**6})
+                for parameters in ({"bars": 4}, {"music_s": None}, {"music_s": 10**6})
             ]
             # Notes of 10 ms, one after the other: more to read than can be done in a time that is nobody's limit.
             dense = midi_file(b"\0\x90\x3c\x40" + b"\2\x3c\0\0\x3c\x40" * 4000 + b"\0\x3c\0" + END)
-            wrong.append(pool.submit(post, address, request_for(dense, prompt_seconds=600)))
+            wrong.append(pool.submit(post, address, request_for(dense, prompt_s=600)))
             answers = [future.result() for future in sent]
             messages = [future.result()[1]["error"]["message"] for future in wrong]
     assert "'bars' is no parameter of PerceiverS" in messages[0]
     assert "give max_tokens" in messages[1]
-    assert "seconds may be 120.0 at most" in messages[2]
+    assert "music_s may be 120.0 at most" in messages[2]
     assert "tokens, 8,192 at most" in messages[3]
     model, tokenizer = load("perceivers")
     for (status, answer), (midi, parameters) in zip(answers, asked, strict=True):

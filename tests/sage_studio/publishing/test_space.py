@@ -309,8 +309,8 @@ def test_the_other_family_counts_seconds(visit):
     expected = continue_performance(
         *load("perceivers"),
         ROOT / "examples" / "greensleeves.mid",
-        prompt_seconds=5,
-        seconds=8,
+        prompt_s=5,
+        music_s=8,
         temperature=0.9,
         top_p=0.95,
         seed=3,
@@ -678,6 +678,6 @@ def test_a_piece_has_a_limit_of_time(module, monkeypatch):
     *_, last = music.BarsWriting(*load(), score, music.Settings(4, 32, [], 0.9, 0.95, 1))
     assert last.piece.bars < 32 and any("cancelled" in remark for remark in last.piece.remarks)
     *_, last = music.SecondsWriting(*load("perceivers"), score, music.Settings(4, 60, [], 0.9, 0.95, 1))
-    assert last.piece.music_seconds < 60 and any("stopped after" in remark for remark in last.piece.remarks)
+    assert last.piece.music_s < 60 and any("stopped after" in remark for remark in last.piece.remarks)
     with pytest.raises(ValueError, match="lengths"):
         music.Settings(4, float("nan"), [], 0.9, 0.95, 1)

@@ -48,8 +48,6 @@ from music import (  # noqa: E402
     MAX_PROMPT_BARS,
     MAX_PROMPT_SECONDS,
     MAX_SECONDS,
-    BarsWriting,
-    SecondsWriting,
     Settings,
     Snapshot,
     Writing,
@@ -60,6 +58,7 @@ from roll import draw  # noqa: E402
 
 from sage_studio.checkpoints.loading import BUNDLED, load  # noqa: E402
 from sage_studio.errors import MissingExtraError  # noqa: E402
+from sage_studio.families import family_of  # noqa: E402
 from sage_studio.music.notes import INSTRUMENTS  # noqa: E402
 from sage_studio.music.render import render_wav  # noqa: E402
 
@@ -68,7 +67,6 @@ KEEP_SESSIONS = 100  # whose pages stay in memory: Gradio keeps what a page show
 WAITING = 16  # visitors in the queue; more are told to come again
 END_SECONDS = 5.0  # the longest wait for music that is being written when the server ends
 
-FAMILIES = {"sage_music": "SAGE-Music, a band", "perceivers": "PerceiverS, a pianist"}
 # In a Space beside the app, in the repository at its top.
 EXAMPLES_FOLDER = HERE / "examples" if (HERE / "examples").is_dir() else HERE.parents[3] / "examples"
 EXAMPLES = {path.stem.replace("_", " ").capitalize(): path for path in sorted(EXAMPLES_FOLDER.glob("*.mid"))}
@@ -103,12 +101,12 @@ def load_models() -> None:
     names = json.loads(chosen.read_text(encoding="utf-8")) if chosen.is_file() else list(BUNDLED)
     for name in names:
         model, tokenizer = load(name)
-        family = FAMILIES[model.config.model_type]
+        family = "{0.name}, {0.plays}".format(family_of(model))
         MODELS[family if name in BUNDLED else f"{family} ({name})"] = (model, tokenizer)
 
 
 def counts_bars(model_name: str) -> bool:
-    return MODELS[model_name][0].config.model_type == "sage_music"
+    return family_of(MODELS[model_name][0]).counts_bars
 
 
 # ---- what the page does
@@ -198,7 +196,7 @@ def generate(
         )
         name, data = prompt_of(example, uploaded)
         score = read_prompt(data, name)
-        writing = (BarsWriting if in_bars else SecondsWriting)(model, tokenizer, score, settings)
+        writing = Writing(model, tokenizer, score, settings)
         RUNNING[who.session_hash] = writing
         if ENDING.is_set():
             writing.cancel()
@@ -218,7 +216,7 @@ def generate(
             return
         yield {roll: draw(snapshot.roll), status: _say("Rendering the sound …"), stop: gr.update(interactive=False)}
         page, remarks = _result(snapshot, name)
-        made = f"{snapshot.place}, {snapshot.new_notes} new notes, in {snapshot.piece.seconds:.1f} s. Seed {seed}."
+        made = f"{snapshot.place}, {snapshot.new_notes} new notes, in {snapshot.piece.elapsed_s:.1f} s. Seed {seed}."
         yield {status: _say(made, remarks), spoken: _say(made, remarks), result: page}
     except ValueError as error:
         yield {status: _alert(error), stop: gr.update(interactive=False)}

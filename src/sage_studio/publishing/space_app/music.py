@@ -1,27 +1,24 @@
 """The music behind the page: prompts from strangers, and continuations that can be watched and stopped.
 
-Both families are written the same way: `Writing` is iterated for what there is so far, `cancel()` ends it from any
-thread within one token, and the last thing it hands out has the finished piece.
+`Writing` is iterated for what there is so far; `cancel()` ends it from any thread within one token, and the last thing
+it hands out has the finished piece.
 """
 
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from roll import Roll
 from symusic import Score
-from transformers import PreTrainedModel, PreTrainedTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from sage_studio.errors import InvalidMidiError
-from sage_studio.generation.bars import plan_continuation
-from sage_studio.generation.sampling import Generated
-from sage_studio.generation.seconds import continue_performance
-from sage_studio.generation.stream import NoteStream, StreamedNote
+from sage_studio.families import family_of
+from sage_studio.generation.result import Piece
+from sage_studio.generation.stream import StreamedNote
 from sage_studio.music.midi import bar_times, notes_from_score, read_score
 from sage_studio.music.notes import NOTE_DTYPE
 
@@ -62,7 +59,7 @@ class Snapshot:
     roll: Roll
     place: str
     new_notes: int
-    piece: Generated | None = None
+    piece: Piece | None = None
 
 
 def read_prompt(data: bytes, name: str) -> Score:
@@ -103,154 +100,89 @@ def prompt_roll(score: Score, in_bars: bool, prompt_length: float, length: float
 
 
 class Writing:
-    """A continuation being written; iterate it once, from one thread."""
+    """A continuation being written; iterate it once, from one thread.
+
+    Raises:
+        ValueError: what makes a plan of it raises, at once.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizer, score: Score, settings: Settings):
-        self.model, self.tokenizer, self.score, self.settings = model, tokenizer, score, settings
-        self.cancelled = threading.Event()
+        family = family_of(model)
+        own = {"programs": settings.programs or None} if family.counts_bars else {}
+        kind = int if family.counts_bars else float
+        lengths = {family.prompt_length: kind(settings.prompt_length), family.length: kind(settings.length)}
+        sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "seed")}
+        self.plan = family.load("plan")(model, tokenizer, score, **lengths, **sampling, **own)
+        self.picture = _Bars(self.plan) if family.counts_bars else _Seconds(self.plan, score, settings)
 
     def cancel(self) -> None:
         """End the music where it is; it is still handed out."""
-        self.cancelled.set()
+        self.plan.cancel()
 
     def __iter__(self) -> Iterator[Snapshot]:
         limit = threading.Timer(WALL_SECONDS, self.cancel)
         limit.daemon = True
         limit.start()
+        new, shown = [], 0.0
         try:
-            yield from self._write()
+            with self.plan.stream() as stream:
+                for note in stream:
+                    new.append(note)
+                    if time.perf_counter() - shown >= REFRESH_SECONDS:
+                        shown = time.perf_counter()
+                        yield self.picture.so_far(new, stream.ids)
+                piece = stream.piece
+            yield self.picture.finished(piece)
         finally:
             limit.cancel()
             self.cancel()
 
-    def _write(self) -> Iterator[Snapshot]:
-        raise NotImplementedError
 
+class _Bars:
+    """Pictures of music that is counted in bars."""
 
-class BarsWriting(Writing):
-    """SAGE-Music, note by note.
-
-    Raises:
-        ValueError: what `sage_studio.generation.bars.continue_score` raises, at once.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizer, score: Score, settings: Settings):
-        super().__init__(model, tokenizer, score, settings)
-        self.plan = plan_continuation(
-            model,
-            tokenizer,
-            score,
-            prompt_bars=int(settings.prompt_length),
-            bars=int(settings.length),
-            programs=settings.programs or None,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-        )
-        self.stream: NoteStream | None = None
-
-    def cancel(self) -> None:
-        super().cancel()
-        if self.stream is not None:
-            self.stream.cancel()
-
-    def _write(self) -> Iterator[Snapshot]:
-        plan = self.plan
-        heard = plan.prompt_bars
+    def __init__(self, plan):
         # As the model hears it, not as the file has it: a meter without a token becomes another, with other bar lines.
-        score = plan.piece(plan.ids, heard, 0.0, []).score
-        lines = _bar_lines(score, heard, plan.bars)
-        prompt, new, shown = _until(score, lines[heard]), [], 0.0
-        with NoteStream(plan, time.perf_counter()) as self.stream:
-            if self.cancelled.is_set():
-                self.stream.cancel()
-            for note in self.stream:
-                new.append(_row(note))
-                if time.perf_counter() - shown >= REFRESH_SECONDS:
-                    shown = time.perf_counter()
-                    notes = np.concatenate([prompt, np.array(new, dtype=NOTE_DTYPE)])
-                    place = f"bar {note.bar - heard} of {plan.bars}"
-                    caption = f"{len(new)} new notes so far."
-                    labels = _bar_labels(len(lines) - 1)
-                    yield Snapshot(Roll(notes, lines[heard], lines[-1], lines[:-1], labels, caption), place, len(new))
-            piece = self.stream.piece
-        total = heard + piece.bars
+        score = plan.piece(plan.ids, 0, 0.0, []).score
+        self.heard, self.bars = plan.prompt_bars, plan.bars
+        self.lines = _bar_lines(score, self.heard, self.bars)
+        self.prompt = _until(score, self.lines[self.heard])
+
+    def so_far(self, new: list[StreamedNote], ids: list[int]) -> Snapshot:
+        notes = np.concatenate([self.prompt, np.array([_row(note) for note in new], dtype=NOTE_DTYPE)])
+        labels, lines = _bar_labels(len(self.lines) - 1), self.lines
+        roll = Roll(notes, lines[self.heard], lines[-1], lines[:-1], labels, f"{len(new)} new notes so far.")
+        return Snapshot(roll, f"bar {new[-1].bar - self.heard} of {self.bars}", len(new))
+
+    def finished(self, piece: Piece) -> Snapshot:
+        total = self.heard + piece.bars
         lines = bar_times(piece.score, total + 1)[: total + 1].tolist()
-        caption = f"{heard} bars of prompt, {piece.bars} new bars with {piece.notes} notes."
+        caption = f"{self.heard} bars of prompt, {piece.bars} new bars with {piece.notes} notes."
         notes = notes_from_score(piece.score)
         roll = Roll(notes, piece.prompt_end_s, lines[-1], lines[:-1], _bar_labels(total), caption)
-        yield Snapshot(roll, f"{piece.bars} bars", piece.notes, piece)
+        return Snapshot(roll, f"{piece.bars} bars", piece.notes, piece)
 
 
-class SecondsWriting(Writing):
-    """PerceiverS, looked at from time to time."""
+class _Seconds:
+    """Pictures of music that is counted in seconds; notes that still sound are in them too."""
 
-    def _write(self) -> Iterator[Snapshot]:
-        settings, overheard = self.settings, _Overheard(self.model, self.cancelled)
-        known = prompt_roll(self.score, False, settings.prompt_length, settings.length)
-        with ThreadPoolExecutor(1) as thread:
-            future = thread.submit(
-                continue_performance,
-                overheard,
-                self.tokenizer,
-                self.score,
-                prompt_seconds=settings.prompt_length,
-                seconds=settings.length,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-            )
-            try:
-                while not wait([future], REFRESH_SECONDS).done:
-                    if overheard.ids is None:
-                        continue
-                    notes = notes_from_score(self.tokenizer.decode_midi(overheard.ids))
-                    new = int((notes["onset_s"] >= known.prompt_end_s).sum())
-                    done = max(float(notes["onset_s"].max(initial=0.0)) - known.prompt_end_s, 0.0)
-                    roll = Roll(
-                        notes,
-                        known.prompt_end_s,
-                        known.end_s,
-                        known.lines_s,
-                        known.labels,
-                        f"{new} new notes so far.",
-                    )
-                    yield Snapshot(roll, f"second {done:.0f} of {settings.length:.0f}", new)
-            finally:
-                self.cancel()
-        piece = future.result()
-        if piece.music_seconds < settings.length - 0.1:
-            # A piece that was stopped looks to `continue_performance` like one that ran out of tokens.
-            piece.remarks[:] = [remark for remark in piece.remarks if not remark.startswith("the limit of")]
-            piece.remarks.append(f"stopped after {piece.music_seconds:.1f} s")
-        end = piece.prompt_seconds + piece.music_seconds
-        caption = f"{piece.prompt_seconds:.0f} s of prompt, {piece.music_seconds:.1f} new seconds, {piece.notes} notes."
-        roll = Roll(notes_from_score(piece.score), piece.prompt_seconds, end, *_second_lines(end), caption)
-        yield Snapshot(roll, f"{piece.music_seconds:.1f} s", piece.notes, piece)
+    def __init__(self, plan, score: Score, settings: Settings):
+        self.decode, self.length = plan.tokenizer.decode_midi, settings.length
+        self.known = prompt_roll(score, False, settings.prompt_length, settings.length)
 
+    def so_far(self, new: list[StreamedNote], ids: list[int]) -> Snapshot:
+        notes, known = notes_from_score(self.decode(ids)), self.known
+        count = int((notes["onset_s"] >= known.prompt_end_s).sum())
+        done = max(float(notes["onset_s"].max(initial=0.0)) - known.prompt_end_s, 0.0)
+        caption = f"{count} new notes so far."
+        roll = Roll(notes, known.prompt_end_s, known.end_s, known.lines_s, known.labels, caption)
+        return Snapshot(roll, f"second {done:.0f} of {self.length:.0f}", count)
 
-class _Overheard:
-    """The model, but its `generate()` can be listened to (`ids`: all tokens so far) and ended."""
-
-    def __init__(self, model: PreTrainedModel, cancelled: threading.Event):
-        self.model, self.cancelled = model, cancelled
-        self.ids: torch.Tensor | None = None
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def generate(self, *args, stopping_criteria=(), **options):
-        criteria = StoppingCriteriaList([*(stopping_criteria or ()), _Listener(self)])
-        return self.model.generate(*args, stopping_criteria=criteria, **options)
-
-
-class _Listener(StoppingCriteria):
-    def __init__(self, overheard: _Overheard):
-        self.overheard = overheard
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        self.overheard.ids = input_ids[0]
-        return torch.full((len(input_ids),), self.overheard.cancelled.is_set(), device=input_ids.device)
+    def finished(self, piece: Piece) -> Snapshot:
+        end = piece.prompt_end_s + piece.music_s
+        caption = f"{piece.prompt_end_s:.0f} s of prompt, {piece.music_s:.1f} new seconds, {piece.notes} notes."
+        roll = Roll(notes_from_score(piece.score), piece.prompt_end_s, end, *_second_lines(end), caption)
+        return Snapshot(roll, f"{piece.music_s:.1f} s", piece.notes, piece)
 
 
 def _until(score: Score, end_s: float) -> np.ndarray:
@@ -262,7 +194,7 @@ def _until(score: Score, end_s: float) -> np.ndarray:
 
 
 def _row(note: StreamedNote) -> tuple:
-    return (note.onset_seconds, note.duration_seconds, note.pitch, max(note.velocity, 1), note.program, 0)
+    return (note.onset_s, note.duration_s, note.pitch, max(note.velocity, 1), note.program, 0)
 
 
 def _bar_lines(score: Score, heard: int, bars: int) -> list[float]:
