@@ -30,6 +30,7 @@ from sage_studio.experiments.study import StudyError
 from sage_studio.music.midi import describe, read_score, write_midi
 from sage_studio.music.notes import instrument_name
 from sage_studio.music.render import render_piano_roll, render_wav
+from sage_studio.reports import plotting
 
 # Ways to decode faster: int8 weights, a compiled step, drafted tokens.
 FASTER = ("int8", "compile", "draft")
@@ -508,7 +509,7 @@ def run_bench(args) -> dict:
         raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
     if args.training and args.figure:
         raise ValueError("--figure shows decoding: it does not go with --training.")
-    from sage_studio.bench.tables import figure, load_result, plotting, table
+    from sage_studio.bench.tables import figure, load_result, table
 
     if args.trainer:
         return _bench_trainer(args)

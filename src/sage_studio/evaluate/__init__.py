@@ -27,6 +27,7 @@ from sage_studio.metrics.densities import MODES
 from .continuation import continuation_scores, evaluate_continuations
 from .likelihood import WINDOW, evaluate_likelihood
 from .pieces import NUM, OUT, SPLITS, choose_prompts
+from .report import markdown_report
 from .sets import HALF_SAMPLES, evaluate_sets, generated_set, human_overlap, measured_set, set_overlap
 from .systems import CheckpointWriter
 
@@ -109,8 +110,6 @@ def run(args: argparse.Namespace) -> dict:
         **given,
     )
     if not args.json:
-        from .report import markdown_report
-
         print(markdown_report(result))
         print(f"\nwrote {', '.join(result['files'])}")
     return result

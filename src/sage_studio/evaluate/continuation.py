@@ -20,7 +20,9 @@ from sage_studio.defaults import BARS, PROMPT_BARS
 from sage_studio.metrics import bar_grid, nmsi
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import notes_from_score, write_midi
+from sage_studio.reports import plotting
 
+from . import report
 from .pieces import (
     NUM,
     OUT,
@@ -172,10 +174,8 @@ def evaluate_continuations(
         FileNotFoundError, ValueError: no usable piece, a system that is none, an option outside its range.
         MissingExtraError: `plots` without matplotlib.
     """
-    from . import report  # with torch and, for plots, matplotlib
-
     if plots:
-        report.plotting()
+        plotting()  # before hours of work: matplotlib may be missing
     files, skipped = choose_prompts(data, num, prompt_bars, bars, seed, split)
     found = find_systems(systems, (ANOTHER, REPEATED, TRUTH))
     if not found and write_prompts is None:

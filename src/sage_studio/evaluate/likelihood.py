@@ -20,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sage_studio.reports import plotting
+
+from . import report
 from .pieces import NUM, OUT, Kept, corpus_files, differences, digests, finish, interval, reason, shuffled
 from .systems import System, find_systems, loaded
 
@@ -121,10 +124,8 @@ def evaluate_likelihood(
             range.
         MissingExtraError: `plots` without matplotlib.
     """
-    from . import report  # with torch and, for plots, matplotlib
-
     if plots:
-        report.plotting()
+        plotting()  # before hours of work: matplotlib may be missing
     if num < 1 or window < 2:
         raise ValueError(f"num {num} must be positive, and window {window} 2 tokens at least.")
     files = corpus_files(data, split)

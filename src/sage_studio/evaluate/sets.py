@@ -28,7 +28,9 @@ from sage_studio.metrics.densities import MODES
 from sage_studio.metrics.sets import FEATURES, bar_seconds, compare_sets, feature_densities, set_features
 from sage_studio.music.midi import bar_times, notes_from_score
 from sage_studio.music.notes import end_s
+from sage_studio.reports import plotting
 
+from . import report
 from .pieces import (
     NUM,
     OUT,
@@ -285,10 +287,8 @@ def evaluate_sets(
         FileNotFoundError, ValueError: too few pieces, a system that is none, an option outside its range.
         MissingExtraError: `plots` without matplotlib.
     """
-    from . import report  # with torch and, for plots, matplotlib
-
     if plots:
-        report.plotting()
+        plotting()  # before hours of work: matplotlib may be missing
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}.")
     for name, value, least in (("half_samples", half_samples, 2), ("references", references, 4), ("num", num, 2)):

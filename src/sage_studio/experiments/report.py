@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sage_studio.bench.decoding import machine_line, markdown
 from sage_studio.evaluate.likelihood import linearised
-from sage_studio.evaluate.report import GREY, PALETTE, figure, plain, png
 from sage_studio.files import write_atomic
 from sage_studio.metrics.sets import FEATURES
+from sage_studio.reports import GREY, PALETTE, figure, machine_line, markdown, plain, png
 
 from .study import Study
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sage_studio.bench.decoding import machine
 from sage_studio.evaluate.pieces import each
 from sage_studio.files import write_atomic
+from sage_studio.reports import machine
 
 from .measures import MEASURES, SPEEDS, measured, skipped_prompts
 from .report import write_report
