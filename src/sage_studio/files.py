@@ -1,6 +1,5 @@
-"""Files: written whole or not at all, and the MIDI files of a folder."""
+"""Files: written whole or not at all, the MIDI files of a folder, and a seed for each."""
 
-import csv
 import hashlib
 import os
 import tempfile
@@ -45,25 +44,10 @@ def midi_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def split_files(folders: list[str], metadata: str | None, licences: list[str] | None) -> dict[str, list[Path]]:
-    """Files of all folders by split; `metadata` (columns `path`, `licence`) keeps some licences only."""
-    allowed = None
-    if metadata is not None:
-        with open(metadata, newline="", encoding="utf-8") as file:
-            root = Path(metadata).parent
-            allowed = {(root / row["path"]).resolve() for row in csv.DictReader(file) if row["licence"] in licences}
-    splits: dict[str, list[Path]] = {name: [] for name in SPLITS}
-    for folder in folders:
-        for path in midi_files(folder):
-            if allowed is not None and path.resolve() not in allowed:
-                continue
-            parts = path.relative_to(folder).parts
-            if parts[0] in splits:
-                name = parts[0]
-            else:
-                name = "validation" if hashlib.sha1(path.name.encode()).digest()[0] % 10 == 0 else "train"
-            splits[name].append(path)
-    return splits
+def seed_of(seed: int, *names: str) -> int:
+    """A seed below 2^32 for what has these names (as a file has its path), whatever else there is."""
+    text = "/".join([str(seed), *names])
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:4], "big")
 
 
-__all__ = ["MIDI_SUFFIXES", "SPLITS", "midi_files", "split_files", "write_atomic"]
+__all__ = ["MIDI_SUFFIXES", "SPLITS", "midi_files", "seed_of", "write_atomic"]

@@ -22,11 +22,12 @@ import argparse
 from pathlib import Path
 
 from sage_studio.defaults import BARS, PROMPT_BARS, SECONDS
+from sage_studio.files import SPLITS
 from sage_studio.metrics.densities import MODES
 
 from .continuation import continuation_scores, evaluate_continuations
 from .likelihood import WINDOW, evaluate_likelihood
-from .pieces import NUM, OUT, SPLITS, choose_prompts
+from .pieces import NUM, OUT, choose_prompts
 from .report import markdown_report
 from .sets import HALF_SAMPLES, evaluate_sets, generated_set, human_overlap, measured_set, set_overlap
 from .systems import CheckpointWriter

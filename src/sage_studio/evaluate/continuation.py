@@ -17,6 +17,7 @@ import numpy as np
 from symusic import Score
 
 from sage_studio.defaults import BARS, PROMPT_BARS
+from sage_studio.files import seed_of
 from sage_studio.metrics import bar_grid, nmsi
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import notes_from_score, write_midi
@@ -36,7 +37,6 @@ from .pieces import (
     finish,
     interval,
     read_quietly,
-    seed_of,
     write_kept,
 )
 from .systems import CheckpointWriter, FolderReader, System, find_systems, match_files

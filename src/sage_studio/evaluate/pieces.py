@@ -21,13 +21,12 @@ import numpy as np
 from symusic import Score
 
 from sage_studio.errors import InvalidMidiError
-from sage_studio.files import midi_files, write_atomic
+from sage_studio.files import SPLITS, midi_files, seed_of, write_atomic
 from sage_studio.metrics import bar_grid, bootstrap, bootstrap_difference
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import bar_ticks, notes_from_score, read_score, write_midi
 
 OUT, NUM = "out/evaluation", 100  # where results go, and of how many pieces
-SPLITS = ("train", "validation", "test")
 
 
 def read_quietly(source: "str | os.PathLike | bytes") -> Score:
@@ -81,11 +80,6 @@ def by_key(files: Sequence[str | os.PathLike]) -> dict[str, Path]:
 def shuffled(keys: Iterable[str], seed: int) -> list[str]:
     """The keys in an order that depends on them and the seed, and mixes folders; of fewer keys, the same order."""
     return sorted(keys, key=lambda key: (seed_of(seed, key, "order"), key))
-
-
-def seed_of(seed: int, *names: str) -> int:
-    """A seed below 2^32 for one piece, whatever the other pieces and their order."""
-    return int.from_bytes(hashlib.sha256("/".join([str(seed), *names]).encode()).digest()[:4], "big")
 
 
 def choose_prompts(

@@ -22,7 +22,7 @@ import numpy as np
 
 from sage_studio.defaults import BARS, SECONDS
 from sage_studio.errors import InvalidMidiError
-from sage_studio.files import midi_files
+from sage_studio.files import midi_files, seed_of
 from sage_studio.metrics import bar_grid, bootstrap_difference, describe_piece, steady_grid
 from sage_studio.metrics.densities import MODES
 from sage_studio.metrics.sets import FEATURES, bar_seconds, compare_sets, feature_densities, set_features
@@ -44,7 +44,6 @@ from .pieces import (
     interval,
     read_quietly,
     reason,
-    seed_of,
     shuffled,
     write_kept,
 )

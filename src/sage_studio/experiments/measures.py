@@ -22,10 +22,10 @@ from sage_studio.bench.decoding import cache_bytes, stock_llama, token_seconds
 from sage_studio.defaults import MAX_NOTE_SECONDS, PROMPT_BARS
 from sage_studio.evaluate.continuation import PARTS, continuation_scores
 from sage_studio.evaluate.likelihood import WINDOW, PieceLikelihood
-from sage_studio.evaluate.pieces import by_key, seed_of, shuffled, unusable
+from sage_studio.evaluate.pieces import by_key, shuffled, unusable
 from sage_studio.evaluate.sets import human_overlap, measured_set, set_overlap
 from sage_studio.evaluate.systems import CheckpointWriter, loaded
-from sage_studio.files import write_atomic
+from sage_studio.files import seed_of, write_atomic
 from sage_studio.generation.sampling import Generated, sampling_options, seeded
 from sage_studio.metrics import repeated_notes_by_segment
 from sage_studio.music.midi import read_notes, write_midi

@@ -1,6 +1,7 @@
 """Studies end to end on small folders with the real Trainer: reports, resuming, honest numbers; those declared."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from sage_studio.experiments.measures import measured
 from sage_studio.experiments.report import _interval, report, summary
 from sage_studio.experiments.runner import run
 from sage_studio.experiments.study import Arm, Claim, Scale, Study, StudyError, runs_of
-from sage_studio.experiments.training import arguments, train
+from sage_studio.experiments.training import arguments, corpus_files, prepare, train
 from sage_studio.train.arguments import parse
 from sage_studio.train.command import main as train_command
 from sage_studio.train.parts import model_type_of, new_fields
@@ -128,6 +129,30 @@ def test_wrong_input_is_named(data, tmp_path, capsys):
     command = ["experiment", "segmentation", "--scale", "smoke", "--data", str(tmp_path), "--runs", str(tmp_path)]
     assert main(command) == 2
     assert "piano: no such folder" in capsys.readouterr().err
+
+
+def test_a_corpus_has_the_files_of_allowed_licences_by_split(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    rows = ["path,licence", *(f"multitrack/{name},MIT" for name in ("train/0.mid", "validation/2.mid", "test/3.mid"))]
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, "multitrack/test/4.mid,GPL-3.0", ""]))
+    found = corpus_files(tmp_path, "multitrack")
+    assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+        "train": ["0.mid"],
+        "validation": ["2.mid"],
+        "test": ["3.mid"],
+    }
+    assert [path.name for path in corpus_files(tmp_path, "piano")["test"]] == ["2.mid", "3.mid", "4.mid", "5.mid"]
+
+
+def test_a_vocabulary_is_learned_once_from_the_corpus(data, tmp_path):
+    study = Study("bpe", "", "", {"bpe": Arm({"bpe": 780})}, "bpe", {"smoke": Scale(1, SHAPE, {})})
+    runs, cache = runs_of(study, "smoke", tmp_path), tmp_path / "cache"
+    prepare(runs, data, cache)
+    folder = cache / "bpe-multitrack-780"
+    assert SageMusicTokenizer.from_pretrained(folder).vocab_size == 780
+    written = (folder / "tokenizer_config.json").stat().st_mtime_ns
+    prepare(runs, data, cache)
+    assert (folder / "tokenizer_config.json").stat().st_mtime_ns == written
 
 
 def test_pieces_from_nothing_are_compared_with_human_ones(data, tmp_path):
