@@ -27,6 +27,7 @@ from sage_studio.evaluate import run as evaluate
 from sage_studio.experiments import add_arguments as add_experiment
 from sage_studio.experiments import run_command as experiment
 from sage_studio.experiments.study import StudyError
+from sage_studio.generation.options import positive_int
 from sage_studio.music.midi import describe, read_score, write_midi
 from sage_studio.music.notes import instrument_name
 from sage_studio.music.render import render_piano_roll, render_wav
@@ -47,13 +48,6 @@ JSON_LINES = "print one JSON object a note and a line, and a summary in the last
 def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 

@@ -43,7 +43,7 @@ from sage_music import (
 )
 from sage_music.arguments_sage_music import CACHE_NAME
 from sage_studio.generation.bars import _window
-from sage_studio.generation.sampling import sampling_options, seeded
+from sage_studio.generation.sampling import device_of, sampling_options, seeded
 from sage_studio.reports import machine
 
 CONTEXTS, BATCHES = (512, 2048, 8192), (1, 16)
@@ -469,8 +469,7 @@ def compare(
     Raises:
         ValueError: an unknown shape, model or device, no model at all, or a context too short, naming it.
     """
-    target = device_of(device)
-    _check(contexts, batches, rounds)
+    target = _check(contexts, batches, rounds, device)
     unknown = [key for key in models if key not in NAMES]
     if unknown or not models:
         raise ValueError(f"models {unknown or 'none'}: choose among {', '.join(NAMES)}.")
@@ -533,25 +532,15 @@ def compare(
     }
 
 
-def device_of(name: str) -> torch.device:
-    """`cpu` or `cuda`.
-
-    Raises:
-        ValueError: another name, or no CUDA device.
-    """
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is neither cpu nor cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: PyTorch finds no CUDA device here; leave it out to measure on the CPU.")
-    return torch.device(name)
-
-
-def _check(contexts: Sequence[int], batches: Sequence[int], rounds: int) -> None:
+def _check(contexts: Sequence[int], batches: Sequence[int], rounds: int, device: str) -> torch.device:
+    if device not in ("cpu", "cuda"):  # of others neither memory nor time is measured right
+        raise ValueError(f"device {device!r} is neither cpu nor cuda.")
     for context in contexts:
         if context < 16:
             raise ValueError(f"a context of {context} tokens is too short to measure: give contexts of 16 or more.")
     if not contexts or not batches or min(batches) < 1 or rounds < 1:
         raise ValueError("contexts, batches and rounds need one entry or more, each at least 1.")
+    return device_of(device)
 
 
 @dataclass
@@ -669,8 +658,7 @@ def compare_training(
     Returns a JSON-ready dict with a `training` row per context, batch and model; `time_ratio` is the time over the
     Llama's. Arguments and errors as for `compare`.
     """
-    target = device_of(device)
-    _check(contexts, batches, rounds)
+    target = _check(contexts, batches, rounds, device)
     rows = []
     with seeded(0):
         bare = copy.copy(model.config.to_dict()) | {"num_mtp_layers": 0}  # the backbone alone has a rival

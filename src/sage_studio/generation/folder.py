@@ -33,12 +33,14 @@ from tqdm import tqdm
 from sage_studio.checkpoints import load
 from sage_studio.defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
 from sage_studio.errors import MissingExtraError
-from sage_studio.files import midi_files, write_atomic
+from sage_studio.files import midi_files, seed_of, write_atomic
 from sage_studio.music.midi import score_from_notes
 from sage_studio.music.notes import NOTE_DTYPE
 
 from .bars import plan_continuation as plan_bars
 from .bars_batch import write_together as write_bars
+from .options import positive_int
+from .sampling import device_of
 from .seconds import plan_continuation as plan_seconds
 from .seconds_batch import write_together as write_seconds
 
@@ -48,12 +50,6 @@ OPTIONS = {
     "perceivers": ("seconds", "prompt_seconds", "max_tokens", "max_note_seconds"),
 }
 POLL_S = 0.2  # how often the first process looks for what the others have done
-
-
-def prompt_seed(seed: int, name: str) -> int:
-    """The seed of the prompt at the relative path `name`, 0 to 2^32 - 1."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:4], "big")
 
 
 # What a config says of where a model is and what loaded it, and nothing of its music.
@@ -266,7 +262,7 @@ def continue_folder(
         if not left:
             continue
         # What is done already is written with the others: a batch is the same whoever was killed in it.
-        seeds = [prompt_seed(seed, name) for name in batch]
+        seeds = [seed_of(seed, name) for name in batch]
         written = continue_prompts(model, tokenizer, [data for data, _ in prompts_of], seeds, options)
         for name, own_seed, (midi, found) in zip(batch, seeds, written, strict=True):
             if name not in left:
@@ -341,13 +337,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def program(text: str) -> int:
     return -1 if text.lower() == "drums" else int(text)
 
@@ -385,27 +374,14 @@ def environment_number(name: str, default: int) -> int:
         raise ValueError(f"{name}={text!r} in the environment is not a number; torchrun sets it.") from None
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of that name; of `None` this process' own GPU, or the CPU where there are none.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name is None:
-        local = environment_number("LOCAL_RANK", 0)
-        name = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def run(args: argparse.Namespace, rank: int, ranks: int) -> list[dict] | None:
     """What the command does, in one process."""
     torch.set_num_threads(args.threads)
     midi_files(args.prompts)  # before the model loads: a wrong folder should not have to wait
     model, tokenizer = load(args.model)
-    device = device_of(args.device)
+    local = environment_number("LOCAL_RANK", 0)
+    own = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = device_of(own if args.device is None else args.device)
     options = family_options(args, model.config.model_type)
     return continue_folder(
         model.to(device), tokenizer, args.prompts, args.output, args.seed, rank, ranks, args.batch_size, **options

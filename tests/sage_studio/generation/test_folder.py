@@ -19,8 +19,9 @@ from conftest import band, tiny_model, tiny_perceivers
 from perceivers import PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
 from sage_studio.checkpoints import load
+from sage_studio.files import seed_of
 from sage_studio.generation.bars import continue_score
-from sage_studio.generation.folder import continue_folder, fingerprint, main, prompt_seed
+from sage_studio.generation.folder import continue_folder, fingerprint, main
 from sage_studio.music.midi import read_notes
 
 COMMAND = [sys.executable, "-m", "sage_studio.generation.folder"]
@@ -83,7 +84,7 @@ def test_every_prompt_has_a_line_and_its_music(prompts, whole):
     model, tokenizer = load()
     for name, record in records.items():
         data = (prompts / name).read_bytes()
-        assert record["sha256"] == hashlib.sha256(data).hexdigest() and record["seed"] == prompt_seed(3, name)
+        assert record["sha256"] == hashlib.sha256(data).hexdigest() and record["seed"] == seed_of(3, name)
         if "error" not in record:
             written = (whole / record["output"]).read_bytes()
             assert record["output_sha256"] == hashlib.sha256(written).hexdigest()
