@@ -17,7 +17,7 @@ import numpy as np
 from symusic import Score
 
 from sage_studio.defaults import BARS, PROMPT_BARS
-from sage_studio.files import seed_of
+from sage_studio.files import Journal, seed_of
 from sage_studio.metrics import bar_grid, nmsi
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import notes_from_score, write_midi
@@ -27,7 +27,6 @@ from . import report
 from .pieces import (
     NUM,
     OUT,
-    Kept,
     by_key,
     choose_prompts,
     cut_prompt,
@@ -88,8 +87,8 @@ def continuation_scores(
     return finish(kept, {key: (key, str(path)) for key, path in files.items()}, work, workers, label, sources)
 
 
-def _keep(out: str | os.PathLike, seed: int, shape: dict, settings: dict | None) -> Kept:
-    return Kept(out, {"task": "continuation", "seed": seed, **shape, **(settings or {})})
+def _keep(out: str | os.PathLike, seed: int, shape: dict, settings: dict | None) -> Journal:
+    return Journal(out, {"task": "continuation", "seed": seed, **shape, **(settings or {})})
 
 
 def _continue_one(

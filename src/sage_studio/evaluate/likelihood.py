@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sage_studio.files import Journal
 from sage_studio.reports import plotting
 
 from . import report
-from .pieces import NUM, OUT, Kept, corpus_files, differences, digests, finish, interval, reason, shuffled
+from .pieces import NUM, OUT, corpus_files, differences, digests, finish, interval, reason, shuffled
 from .systems import System, find_systems, loaded
 
 WINDOW = 1024
@@ -137,7 +138,7 @@ def evaluate_likelihood(
     homes = {}
     for system in found:  # all of them before the first piece
         settings = {"task": "likelihood", "weights": system.fingerprint, "window": window}
-        homes[system.label] = Kept(system.home(out), settings)
+        homes[system.label] = Journal(system.home(out), settings)
     records, kinds, systems_of = {}, {}, [system.label for system in found]
     for system in found:
         work = PieceLikelihood(system.source, window, device)

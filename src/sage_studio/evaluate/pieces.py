@@ -5,7 +5,6 @@ JSON; a piece that failed has the reason in `failed`, which is None otherwise. N
 """
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ import numpy as np
 from symusic import Score
 
 from sage_studio.errors import InvalidMidiError
-from sage_studio.files import SPLITS, midi_files, seed_of, write_atomic
+from sage_studio.files import SPLITS, Journal, midi_files, seed_of
 from sage_studio.metrics import bar_grid, bootstrap, bootstrap_difference
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import bar_ticks, notes_from_score, read_score, write_midi
@@ -167,50 +166,8 @@ def cut_notes(notes: np.ndarray, seconds: float | None) -> np.ndarray:
     return notes
 
 
-class Kept:
-    """Records of finished pieces in a folder: `settings.json`, and a line a piece in `results.jsonl`.
-
-    A record whose `midi` is no longer in the folder does not count as finished. Failures are kept too: delete their
-    lines to try them again.
-
-    Raises:
-        ValueError: the folder keeps results of other settings; the message says which.
-    """
-
-    def __init__(self, folder: str | os.PathLike, settings: dict):
-        self.folder, self.records = Path(folder), {}
-        settings = json.loads(json.dumps(settings))
-        path = self.folder / "settings.json"
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
-            if names:
-                changes = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in names)
-                raise ValueError(
-                    f"{folder} keeps results of other settings: {changes}. Choose another out, or delete it."
-                )
-        else:
-            write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
-        self.lines = self.folder / "results.jsonl"
-        text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the line being written when the run was killed
-            if not record.get("midi") or (self.folder / record["midi"]).is_file():
-                self.records[record["piece"]] = record
-        if text:
-            write_atomic(self.lines, "".join(json.dumps(r) + "\n" for r in self.records.values()).encode())
-
-    def add(self, record: dict) -> None:
-        self.records[record["piece"]] = record
-        with open(self.lines, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
 def finish(
-    kept: Kept | None,
+    kept: Journal | None,
     items: Mapping[str, tuple],
     work: Callable[..., dict],
     workers: int | None,
@@ -219,9 +176,14 @@ def finish(
 ) -> list[dict]:
     """A record of every item, in their order: the kept one, or `work(*arguments)`, kept as soon as it is there.
 
-    `sources` are `digests` of what the records are about: one about a file that has changed since is made again.
+    `sources` are `digests` of what the records are about: one about a file that has changed since is made again, as is
+    one whose `midi` is no longer in the folder. Failures are kept too: delete their lines to try them again.
     """
-    records = {} if kept is None else {key: kept.records[key] for key in items if key in kept.records}
+    records = {}
+    for record in [] if kept is None else kept.records():
+        key, midi = record["piece"], record.get("midi")
+        if key in items and not (midi and not (kept.folder / midi).is_file()):
+            records[key] = record
     if sources is not None:
         records = {key: record for key, record in records.items() if record.get("source") == sources[key]}
     missing = {key: arguments for key, arguments in items.items() if key not in records}

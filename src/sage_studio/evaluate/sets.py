@@ -22,7 +22,7 @@ import numpy as np
 
 from sage_studio.defaults import BARS, SECONDS
 from sage_studio.errors import InvalidMidiError
-from sage_studio.files import midi_files, seed_of
+from sage_studio.files import Journal, midi_files, seed_of
 from sage_studio.metrics import bar_grid, bootstrap_difference, describe_piece, steady_grid
 from sage_studio.metrics.densities import MODES
 from sage_studio.metrics.sets import FEATURES, bar_seconds, compare_sets, feature_densities, set_features
@@ -34,7 +34,6 @@ from . import report
 from .pieces import (
     NUM,
     OUT,
-    Kept,
     by_key,
     corpus_files,
     cut_notes,
@@ -79,8 +78,8 @@ def generated_set(
     return finish(kept, items, partial(_write_one, write, seed=seed, folder=str(kept.folder)), workers, label)
 
 
-def _keep(out: str | os.PathLike, seed: int, settings: dict | None) -> Kept:
-    return Kept(out, {"task": "set", "seed": seed, **(settings or {})})
+def _keep(out: str | os.PathLike, seed: int, settings: dict | None) -> Journal:
+    return Journal(out, {"task": "set", "seed": seed, **(settings or {})})
 
 
 def _write_one(write: Callable, key: str, *, seed: int, folder: str) -> dict:

@@ -25,7 +25,7 @@ from sage_studio.evaluate.likelihood import WINDOW, PieceLikelihood
 from sage_studio.evaluate.pieces import by_key, shuffled, unusable
 from sage_studio.evaluate.sets import human_overlap, measured_set, set_overlap
 from sage_studio.evaluate.systems import CheckpointWriter, loaded
-from sage_studio.files import seed_of, write_atomic
+from sage_studio.files import Journal, seed_of
 from sage_studio.generation.sampling import Generated, sampling_options, seeded
 from sage_studio.metrics import repeated_notes_by_segment
 from sage_studio.music.midi import read_notes, write_midi
@@ -43,13 +43,24 @@ WITHIN_S = 30.0  # what came back sooner is a loop; what came back later may be 
 
 def measured(run: Run, name: str, data: Path, options: dict) -> dict:
     """`MEASURES[name]` of a run, from its folder where it is there with the same options."""
-    path = run.folder / f"{name}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["options"] == options:
-            return kept["result"]
-    result = MEASURES[name](run, data, **options)
-    write_atomic(path, (json.dumps({"options": options, "result": result}) + "\n").encode())
+    journal = Journal(run.folder, lines="measures.jsonl")
+    return kept(journal, {"name": name, "options": options}, lambda: MEASURES[name](run, data, **options))
+
+
+def compared(name: str, runs: dict[str, Run], data: Path, options: dict, folder: Path) -> dict[str, dict]:
+    """`SPEEDS[name]` of a study's arms, from `folder` where it is there; compared in one process, so kept for all."""
+    settings = {"name": name, "options": options, "runs": {arm: run.folder.name for arm, run in runs.items()}}
+    return kept(Journal(folder, lines="speeds.jsonl"), settings, lambda: SPEEDS[name](runs, data, **options))
+
+
+def kept(journal: Journal, settings: dict, measure: Callable[[], dict]) -> dict:
+    """The journal's result for these settings, or what `measure` returns, kept from now on."""
+    settings = json.loads(json.dumps(settings))
+    for record in journal.records():
+        if record.get("settings") == settings:
+            return record["result"]
+    result = measure()
+    journal.add({"settings": settings, "result": result})
     return result
 
 
@@ -266,6 +277,7 @@ SPEEDS = {"decoding": decoding, "writing": writing}
 __all__ = [
     "MEASURES",
     "SPEEDS",
+    "compared",
     "continuation",
     "decoding",
     "likelihood",

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from sage_studio.checkpoints.loading import BUNDLED
-from sage_studio.files import write_atomic
+from sage_studio.files import changes, write_atomic
 
 RUN_FILE = "run.json"
 
@@ -77,13 +77,11 @@ def check_run(folder: Path, description: dict, resumes: bool) -> None:
     description = json.loads(json.dumps(description))
     if resumes and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in description if kept.get(name) != description[name]]
+        changed = changes({name: kept.get(name) for name in description}, description)
         if changed:
-            first = changed[0]
             raise ValueError(
-                f"{folder} holds a run with other options ({', '.join(changed)}: {first} was {kept.get(first)!r}, now "
-                f"{description[first]!r}). Call it with the same options to go on, or give another --output; to begin "
-                f"from its weights: --model {folder}/best."
+                f"{folder} holds a run with other options: {changed}. Call it with the same options to go on, or give "
+                f"another --output; to begin from its weights: --model {folder}/best."
             )
     model = description.get("model")
     if model and model not in BUNDLED and os.path.isdir(model):

@@ -94,11 +94,12 @@ def test_a_study_goes_on_from_what_is_there(studied, data):
     folder = sorted((root / "runs").glob("multitrack-*-seed1"))[0]
     weights = {path: path.stat().st_mtime_ns for path in (root / "runs").glob("*/best/model.safetensors")}
     assert len(weights) == 4
-    before = (folder / "likelihood.json").read_text()
-    (folder / "likelihood.json").unlink()
+    before = (folder / "measures.jsonl").read_text().splitlines(keepends=True)
+    (folder / "measures.jsonl").write_text(before[1] + before[0][:50])  # killed while likelihood was written
     again = run(STUDY, "smoke", data, root / "runs", root / "again", workers=1)
     assert {path: path.stat().st_mtime_ns for path in weights} == weights  # nothing was trained again
-    assert (folder / "likelihood.json").read_text() == before  # and what was missing was measured again, alike
+    # And what was missing was measured again, alike.
+    assert (folder / "measures.jsonl").read_text().splitlines(keepends=True)[2:] == before[:1]
     assert again["runs"] == result["runs"] and again["decoding"] == result["decoding"]
 
 
@@ -184,7 +185,7 @@ def test_pieces_from_nothing_are_compared_with_human_ones(data, tmp_path):
     # A piece without a note ends no study: it is counted, and the others are measured.
     folder = files[0].parents[2]
     Score(480).dump_midi(folder / "from-nothing" / "3-90" / "000.mid")
-    (folder / "sets.json").unlink()
+    (folder / "measures.jsonl").unlink()
     run(study, "smoke", data, tmp_path / "runs", tmp_path / "results", workers=1)
     found = json.loads((tmp_path / "results" / "experiment-written-smoke.json").read_text())["summary"]
     assert sorted(row["failed"] for row in found.values()) == [0, 1]

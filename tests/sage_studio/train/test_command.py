@@ -332,16 +332,16 @@ def test_a_folder_of_another_run_is_not_gone_on_with(folder, tmp_path, capsys):
     assert main([*command, "--max_steps", "2"]) == 0
     capsys.readouterr()
     assert main([*command, "--max_steps", "4", "--transpose", "3"]) == 2
-    assert "transpose was 6, now 3" in capsys.readouterr().err.splitlines()[-1]
+    assert "transpose 6 (now 3)" in capsys.readouterr().err.splitlines()[-1]
     assert main([*command, "--max_steps", "4", "--gradient_accumulation_steps", "2"]) == 2
-    assert "rows_of_a_step was 4, now 8" in capsys.readouterr().err.splitlines()[-1]
+    assert "rows_of_a_step 4 (now 8)" in capsys.readouterr().err.splitlines()[-1]
     # Under the same name another model; and a rate that the optimizer's state would silently overrule.
     config_file(tmp_path, {**SMALL, "num_hidden_layers": 2})
     assert main([*command, "--max_steps", "4"]) == 2
-    assert "config was" in capsys.readouterr().err.splitlines()[-1]
+    assert "other options: config " in capsys.readouterr().err.splitlines()[-1]
     config_file(tmp_path, SMALL)
     assert main([*command, "--max_steps", "4", "--learning_rate", "1e-9"]) == 2
-    assert "learning_rate was '0.01', now '1e-09'" in capsys.readouterr().err.splitlines()[-1]
+    assert "learning_rate 0.01 (now 1e-09)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_full_disk_is_said_and_what_is_whole_is_kept(folder, tmp_path, monkeypatch, capsys):
