@@ -23,7 +23,6 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from sage_studio.checkpoints import load
 from sage_studio.defaults import BARS, MAX_NOTE_SECONDS, PROMPT_BARS, PROMPT_SECONDS, SECONDS
 from sage_studio.errors import MissingExtraError
-from sage_studio.files import midi_files, seed_of, write_atomic
+from sage_studio.files import Journal, midi_files, seed_of, write_atomic
 from sage_studio.music.midi import score_from_notes
 from sage_studio.music.notes import NOTE_DTYPE
 
@@ -76,62 +75,25 @@ def fingerprint(model, tokenizer) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Output:
-    """The output folder of a run and of those that went on with it."""
+class Output(Journal):
+    """The output folder of a run and of those that went on with it: a journal, and the music it tells of.
 
-    folder: Path
+    Raises:
+        ValueError: as `Journal`; or the folder holds something else.
+    """
 
-    def claim(self, options: dict) -> None:
-        """Note the run's options, or find that they are the folder's.
-
-        Raises:
-            ValueError: it is the folder of a run with other options, or holds something else, or what its options.json
-                says cannot be read.
-        """
-        target = self.folder / "options.json"
+    def __init__(self, folder: Path, options: dict, rank: int):
         # Asked in this order: another process of the same run writes the options first.
-        if any(not path.name.startswith(".") for path in self.folder.glob("*")) and not target.exists():
-            raise ValueError(f"{self.folder}: not empty, and not the output of such a run. Choose another --output.")
-        earlier = None
-        if not target.exists():
-            write_atomic(target, json.dumps(options, indent=1).encode())
-        with suppress(ValueError):
-            earlier = json.loads(target.read_bytes())
-        if not isinstance(earlier, dict):
-            raise ValueError(f"{target}: does not hold the options of such a run. Choose another --output.")
-        for name in options.keys() | earlier.keys():
-            if options.get(name) != earlier.get(name):
-                raise ValueError(
-                    f"{self.folder}: the output of a run with {name} {earlier.get(name)}, not {options.get(name)}. "
-                    "Choose another --output, or the same options to go on with it."
-                )
+        if any(not path.name.startswith(".") for path in folder.glob("*")) and not (folder / "options.json").exists():
+            raise ValueError(f"{folder}: not empty, and not the output of such a run. Choose another --output.")
+        super().__init__(folder, options, f"journal/{rank}.jsonl", named="options.json")
 
     def music(self, name: str) -> Path:
         return self.folder / "music" / name
 
-    def note(self, rank: int, record: dict) -> None:
-        """Append a line to the process' journal; a line that a killed run began is left as it is."""
-        path = self.folder / "journal" / f"{rank}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
-
     def noted(self) -> dict[tuple[str, str | None], dict]:
-        """The records of all journals by path and digest of the prompt: one that has changed since is another."""
-        records = {}
-        for path in sorted((self.folder / "journal").glob("*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # cut off by a kill: the prompt is done once more
-                    continue
-                records[record["path"], record["sha256"]] = record
-        return records
+        """The records of all processes by path and digest of the prompt: one that has changed since is another."""
+        return {(record["path"], record["sha256"]): record for record in self.records()}
 
     def is_done(self, record: dict | None) -> bool:
         """Whether a prompt needs no more work: refused, or its music lies there as it was written."""
@@ -244,14 +206,14 @@ def continue_folder(
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks} processes: ranks are numbered from 0. Check RANK and WORLD_SIZE.")
     check_options(model, tokenizer, options)
-    prompts, output = Path(prompts), Output(Path(output))
-    if output.folder.resolve().is_relative_to(prompts.resolve()):
-        raise ValueError(f"{output.folder}: lies in the folder of the prompts, which its music would join.")
-    if prompts.resolve().is_relative_to(output.folder.resolve()):
+    prompts, folder = Path(prompts), Path(output)
+    if folder.resolve().is_relative_to(prompts.resolve()):
+        raise ValueError(f"{folder}: lies in the folder of the prompts, which its music would join.")
+    if prompts.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{prompts}: lies in the output folder, and the music would overwrite it. Copy it elsewhere.")
     files = {path.relative_to(prompts).as_posix(): path for path in midi_files(prompts)}
     facts = {"weights": fingerprint(model, tokenizer), "seed": seed, "batch_size": batch_size, **options}
-    output.claim({**facts, "device": model.device.type, "threads": torch.get_num_threads()})
+    output = Output(folder, {**facts, "device": model.device.type, "threads": torch.get_num_threads()}, rank)
 
     earlier, digests, names = output.noted(), {}, list(files)
     batches = [names[begin : begin + batch_size] for begin in range(rank * batch_size, len(names), ranks * batch_size)]
@@ -271,7 +233,7 @@ def continue_folder(
             if midi is not None:
                 write_atomic(output.music(name), midi)
                 record |= {"output": f"music/{name}", "output_sha256": digest_of(midi)}
-            output.note(rank, record | found)
+            output.add(record | found)
     if rank > 0:
         return None
     records = wait_for_all(output, files, digests, earlier, others=ranks > 1)

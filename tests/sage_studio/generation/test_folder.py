@@ -174,9 +174,9 @@ def test_performances_in_seconds(prompts, tmp_path):
 def test_an_output_folder_of_something_else_is_left_alone(prompts, whole, tmp_path, capsys):
     before = files(whole)
     assert main(argv(prompts, whole, "--bars", 2)) == 2
-    assert "a run with bars 1, not 2" in capsys.readouterr().err
+    assert "bars 1 (now 2)" in capsys.readouterr().err
     assert main([*argv(prompts, whole), "--temperature", "1.1"]) == 2
-    assert "temperature None, not 1.1" in capsys.readouterr().err
+    assert "temperature None (now 1.1)" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "song.mid").write_bytes(b"MThd")
     assert main(argv(prompts, tmp_path / "mine")) == 2
