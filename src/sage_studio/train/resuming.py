@@ -50,7 +50,7 @@ def _is_whole(path: Path) -> bool:
 
 def last_complete(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest complete checkpoint of a run folder (None: none), and newer ones that are broken."""
-    found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     broken = []
     for checkpoint in found:
         if complete(checkpoint):
@@ -59,7 +59,8 @@ def last_complete(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, broken
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder, by its name; -1 where it says none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
@@ -114,4 +115,4 @@ def is_finished(state: dict, args: TrainingArguments, patience: int | None) -> b
     return state["epoch"] >= args.num_train_epochs - 1e-6
 
 
-__all__ = ["check_run", "complete", "is_finished", "last_complete", "state_of", "times_no_better"]
+__all__ = ["check_run", "complete", "is_finished", "last_complete", "state_of", "step_of", "times_no_better"]
