@@ -38,9 +38,9 @@ def record(report: Path, name: str, root: Path = HERE) -> Path:
     kept = {"fingerprint": checkpoint.fingerprint, **{key: found[key] for key in KEPT if key in found}}
     kept["settings"]["data"] = [f"DATA/{Path(folder).name}" for folder in kept["settings"]["data"]]
     pieces = {piece["piece"]: piece for piece in Journal(home).records()}
-    seconds = [piece["seconds"] for piece in pieces.values() if piece.get("seconds")]
+    seconds = [piece["elapsed_s"] for piece in pieces.values() if piece.get("elapsed_s")]
     if seconds:
-        kept["writing"] = {"median_seconds": statistics.median(seconds), "n": len(seconds)}
+        kept["writing"] = {"median_elapsed_s": statistics.median(seconds), "n": len(seconds)}
     return write_atomic(
         root / "results" / f"{name}-{found['task']}.json",
         (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode(),

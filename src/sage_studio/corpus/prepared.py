@@ -39,7 +39,7 @@ class Corpus:
             (files that are the same music or composition have one). Memory-mapped from the cache.
         skipped: path and reason of every file that could not be read.
         report: numbers of `files` (all that were found), `skipped`, `copies` (files of the same bytes as another one),
-            `groups`, `notes`, `tokens` and files `from_cache`; `seconds`, `files_per_second`, `notes_per_second`;
+            `groups`, `notes`, `tokens` and files `from_cache`; `elapsed_s`, `files_per_second`, `notes_per_second`;
             `splits`, each with files, groups, notes and tokens; `licences` and their files, where the metadata tell;
             `leaks`, the held-out files (`path`, `split`) whose group is also trained on, because they were given so.
     """
@@ -132,7 +132,7 @@ def prepare_corpus(
         )
     rows, whole = _joined(rows, stored, {"path": names, "tokens": tokens.astype(np.int32), "group": groups})
     members = {name: np.nonzero(split_of == name)[0] for name in SPLITS}
-    seconds = time.perf_counter() - started
+    elapsed_s = time.perf_counter() - started
     report = {
         "files": len(files.paths),
         "skipped": len(skipped),
@@ -141,9 +141,9 @@ def prepare_corpus(
         "notes": int(notes.sum()),
         "tokens": int(tokens.sum()),
         "from_cache": sum(key in before for key in keys),
-        "seconds": round(seconds, 2),
-        "files_per_second": round(len(files.paths) / seconds, 1),
-        "notes_per_second": round(float(notes.sum()) / seconds, 1),
+        "elapsed_s": round(elapsed_s, 2),
+        "files_per_second": round(len(files.paths) / elapsed_s, 1),
+        "notes_per_second": round(float(notes.sum()) / elapsed_s, 1),
         "splits": {
             name: {
                 "files": len(chosen),

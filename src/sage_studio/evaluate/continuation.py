@@ -72,7 +72,7 @@ def continuation_scores(
         workers: as for `sage_studio.evaluate.pieces.each`.
 
     Records: `piece`, `seed`, `failed` (reason or None), `nmsi` and its parts (0 where it failed), `notes` (in the bars
-    compared), `new_notes` and `seconds` of the generation, `remarks`, `midi` (in `out`).
+    compared), `new_notes` and `elapsed_s` of the generation, `remarks`, `midi` (in `out`).
 
     Raises:
         ValueError: `out` keeps results of other settings.
@@ -264,7 +264,7 @@ def _looped(notes: np.ndarray, grid: np.ndarray, bars: int) -> tuple[np.ndarray,
 def _row(label: str, kind: str, records: list[dict]) -> dict:
     """A system's line of the table, as JSON."""
     scored = [record for record in records if record["failed"] is None]
-    seconds = sum(record.get("seconds", 0.0) for record in scored) if kind not in ("reference", "folder") else 0.0
+    elapsed_s = sum(record.get("elapsed_s", 0.0) for record in scored) if kind not in ("reference", "folder") else 0.0
     return {
         "system": label,
         "kind": kind,
@@ -274,7 +274,7 @@ def _row(label: str, kind: str, records: list[dict]) -> dict:
         "valid": sum(bool(record["notes"]) for record in scored) / len(records),
         **{part: interval([record[part] for record in records]) for part in PARTS},
         "nmsi_without_failures": interval([record["nmsi"] for record in scored]),
-        "notes_per_second": sum(record["new_notes"] for record in scored) / seconds if seconds else None,
+        "notes_per_second": sum(record["new_notes"] for record in scored) / elapsed_s if elapsed_s else None,
     }
 
 

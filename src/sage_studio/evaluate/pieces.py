@@ -157,12 +157,12 @@ def cut_prompt(score: Score, prompt_bars: int) -> Score:
     return score.clip(0, int(bar_ticks(score, prompt_bars + 1)[prompt_bars]), clip_end=False)
 
 
-def cut_notes(notes: np.ndarray, seconds: float | None) -> np.ndarray:
-    """The notes that begin before `seconds`, ended there; all of them where it is None."""
-    if seconds is None:
+def cut_notes(notes: np.ndarray, cut_s: float | None) -> np.ndarray:
+    """The notes that begin before `cut_s`, ended there; all of them where it is None."""
+    if cut_s is None:
         return notes
-    notes = notes[notes["onset_s"] < seconds].copy()
-    notes["duration_s"] = np.minimum(notes["duration_s"], seconds - notes["onset_s"])
+    notes = notes[notes["onset_s"] < cut_s].copy()
+    notes["duration_s"] = np.minimum(notes["duration_s"], cut_s - notes["onset_s"])
     return notes
 
 
@@ -260,12 +260,12 @@ def _one_thread() -> Iterator[None]:
 def write_kept(write: Callable, arguments: tuple, folder: str | None, record: dict) -> Score:
     """What `write(*arguments)` makes; with a folder, as a reader finds it in the file that is kept there.
 
-    Puts `new_notes`, `seconds`, `remarks` and `midi` into the record.
+    Puts `new_notes`, `elapsed_s`, `remarks` and `midi` into the record.
     """
-    record |= {"new_notes": 0, "seconds": 0.0, "remarks": [], "midi": None}
+    record |= {"new_notes": 0, "elapsed_s": 0.0, "remarks": [], "midi": None}
     begin = time.perf_counter()
     made = write(*arguments)
-    record["seconds"] = round(getattr(made, "seconds", time.perf_counter() - begin), 3)
+    record["elapsed_s"] = round(getattr(made, "seconds", time.perf_counter() - begin), 3)
     record["new_notes"], record["remarks"] = getattr(made, "notes", 0), getattr(made, "remarks", [])
     score = getattr(made, "score", made)
     if folder is not None:

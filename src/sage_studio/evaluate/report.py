@@ -163,7 +163,7 @@ def _set(result: dict) -> tuple[list[str], str]:
 
 
 def _digits(name: str) -> int:
-    return 1 if name in ("notes", "seconds") else 3
+    return 1 if name in ("notes", "music_s") else 3
 
 
 def _likelihood(result: dict) -> tuple[list[str], str]:

@@ -108,7 +108,7 @@ def continuation(run: Run, data: Path, prompts: int, bars: int, prompt_bars: int
     files, _ = _prompts(data, run.corpus, prompts, bars, prompt_bars)
     music = run.folder / "music" / f"{prompt_bars}-{bars}"
     records = continuation_scores(_writer(run, prompt_bars, bars), files, prompt_bars, bars, 0, music)
-    keep = ("piece", "failed", *PARTS, "new_notes", "seconds")
+    keep = ("piece", "failed", *PARTS, "new_notes", "elapsed_s")
     return {"pieces": [{name: record[name] for name in keep} for record in records]}
 
 
@@ -226,7 +226,7 @@ def decoding(runs: dict[str, Run], data: Path, context: int, tokens: int, rounds
 
     An arm without routing is a stock `LlamaForCausalLM` of its shape with random weights, as in `sage-music bench`.
 
-    Returns, by arm: `seconds` a token (the median of `rounds` medians), `cache_bytes` a token.
+    Returns, by arm: `token_s`, seconds a token (the median of `rounds` medians), `cache_bytes` a token.
     """
     ids = _long_piece(data, next(iter(runs.values())), context)
     models = {}
@@ -245,7 +245,7 @@ def decoding(runs: dict[str, Run], data: Path, context: int, tokens: int, rounds
     for name, model in models.items():
         output = model.generate(ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         held = cache_bytes(getattr(output, CACHE_NAME))
-        found[name] = {"seconds": float(np.median(times[name][1:])), "cache_bytes": held}
+        found[name] = {"token_s": float(np.median(times[name][1:])), "cache_bytes": held}
     return found
 
 

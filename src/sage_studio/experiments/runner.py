@@ -82,7 +82,7 @@ def _train_and_measure(run: Run, *, data: Path, cache: Path, measures: dict[str,
     train(run, data, cache)
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     found = {name: measured(run, name, data, options) for name, options in measures.items()}
-    return {"parameters": report["parameters"], "train_seconds": report["train_seconds"], **found}
+    return {"parameters": report["parameters"], "train_elapsed_s": report["train_elapsed_s"], **found}
 
 
 def _skipped(chosen: list[Run], records: dict[str, dict], data: Path, sizes: dict[str, dict]) -> dict[str, dict]:

@@ -229,7 +229,7 @@ def _trained(trainer: Trainer, watch: WatchArguments) -> dict:
             print(f"note: going on from {chosen}", file=sys.stderr)
         result = trainer.train(resume_from_checkpoint=chosen)
     return {
-        "train_seconds": round(result.metrics["train_runtime"], 1),
+        "train_elapsed_s": round(result.metrics["train_runtime"], 1),
         "samples_per_second": result.metrics["train_samples_per_second"],
         "train_tokens": trainer.state.num_input_tokens_seen,
         "train_loss": result.metrics["train_loss"],

@@ -285,7 +285,7 @@ def records(nats, nmsi):
         },
         "continuation": {"pieces": [{"piece": str(i), "failed": None, "nmsi": v} for i, v in enumerate(nmsi)]},
         "parameters": 5,
-        "train_seconds": 60,
+        "train_elapsed_s": 60,
     }
 
 
@@ -298,8 +298,8 @@ def test_summary_of_numbers_known_by_hand():
             {"arm": "routed", "seed": 1, **records((121, 77), (40, 60))},
         ],
         "decoding": {
-            "full": {"seconds": 2.0, "cache_bytes": {"used": 100.0}},
-            "routed": {"seconds": 1.0, "cache_bytes": {"used": 25.0}},
+            "full": {"token_s": 2.0, "cache_bytes": {"used": 100.0}},
+            "routed": {"token_s": 1.0, "cache_bytes": {"used": 25.0}},
         },
     }
     found = summary(STUDY, result)
