@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 from sage_studio.checkpoints import load
-from sage_studio.files import write_atomic
+from sage_studio.files import changes, write_atomic
 from sage_studio.publishing.licences import carry
 from sage_studio.train.arguments import parse
 from sage_studio.train.command import main as train
@@ -80,10 +80,9 @@ def pool(source, output, routing: str, kv_heads: int = 1, pooling: str = "mean")
         carry(source, folder, "uptrain")
         write_atomic(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())  # last: all before it is there
     elif kept != record:
-        others = ", ".join(
-            f"{name} {kept.get(name)!r}, not {record[name]!r}" for name in record if kept.get(name) != record[name]
+        raise ConversionError(
+            f"{folder}: this run began from another model ({changes(kept, record)}): name another OUTPUT."
         )
-        raise ConversionError(f"{folder}: this run began from another model ({others}): name another OUTPUT.")
     return folder
 
 

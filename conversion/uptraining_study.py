@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sage_studio.bench.decoding import machine, machine_line, markdown
 from sage_studio.checkpoints import load
 from sage_studio.evaluate.likelihood import evaluate_likelihood, linearised
 from sage_studio.files import write_atomic
+from sage_studio.reports import machine, machine_line, markdown
 
 from .convert_to_llama import convert as convert_out
 from .uptrain import pool, steps_of, uptrain

@@ -135,7 +135,7 @@ def _command(checkpoint: Checkpoint, result: dict, count: str) -> str:
     words = ["sage-music evaluate", checkpoint.system, *([] if task == "continuation" else [f"--task {task}"])]
     words += [f"--data {' '.join(settings['data'])}", f"{count} {pieces}"]
     if task == "set":
-        words += [f"--seconds {settings['seconds']:g}", f"--cut-seconds {settings['cut_seconds']:g}"]
+        words += [f"--seconds {settings['music_s']:g}", f"--cut-seconds {settings['cut_s']:g}"]
     return " ".join(words)
 
 

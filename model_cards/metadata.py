@@ -72,7 +72,7 @@ def _perceivers_results(results: dict[str, dict]) -> list[EvalResult]:
     written = row_of(sets, "perceivers")["n"]
     area = {"mean": mean["oa"], "low": mean["oa_low"], "high": mean["oa_high"], "n": written}
     nats = row_of(likelihood, "perceivers")["nats_per_note"]
-    task = f"Pieces of {sets['settings']['seconds']:g} s from nothing"
+    task = f"Pieces of {sets['settings']['music_s']:g} s from nothing"
     return [
         _result(task, dataset, "overlap_area", "mean Overlap Area of 13 features", area, 3),
         _result("Likelihood", dataset, "nats_per_note", "nats per note", nats, 3),

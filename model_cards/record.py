@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from sage_studio.evaluate.systems import find_systems
-from sage_studio.files import write_atomic
+from sage_studio.files import Journal, write_atomic
 
 from .facts import CARDS, HERE, CardError, read_checkpoint
 
@@ -37,11 +37,10 @@ def record(report: Path, name: str, root: Path = HERE) -> Path:
         raise CardError(f"{report}: not of the present weights of {checkpoint.system}: evaluate them again.")
     kept = {"fingerprint": checkpoint.fingerprint, **{key: found[key] for key in KEPT if key in found}}
     kept["settings"]["data"] = [f"DATA/{Path(folder).name}" for folder in kept["settings"]["data"]]
-    if (home / "results.jsonl").is_file():
-        pieces = [json.loads(line) for line in (home / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-        seconds = [piece["seconds"] for piece in pieces if piece.get("seconds")]
-        if seconds:
-            kept["writing"] = {"median_seconds": statistics.median(seconds), "n": len(seconds)}
+    pieces = {piece["piece"]: piece for piece in Journal(home).records()}
+    seconds = [piece["elapsed_s"] for piece in pieces.values() if piece.get("elapsed_s")]
+    if seconds:
+        kept["writing"] = {"median_elapsed_s": statistics.median(seconds), "n": len(seconds)}
     return write_atomic(
         root / "results" / f"{name}-{found['task']}.json",
         (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode(),

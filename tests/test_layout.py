@@ -39,6 +39,7 @@ PLAIN = (
     "errors",
     "files",
     "defaults",
+    "reports",
     "music.midi",
     "music.render",
     "corpus",

@@ -29,9 +29,11 @@ from sage_studio.experiments import add_arguments as add_experiment
 from sage_studio.experiments import run_command as experiment
 from sage_studio.experiments.study import StudyError
 from sage_studio.families import PERCEIVERS, Family, family_of
+from sage_studio.generation.options import positive_int
 from sage_studio.music.midi import Prompt, describe, read_prompt, read_score, write_midi
 from sage_studio.music.notes import instrument_name
 from sage_studio.music.render import render_piano_roll, render_wav
+from sage_studio.reports import plotting
 
 # Ways to decode faster: int8 weights, a compiled step, drafted tokens.
 FASTER = ("int8", "compile", "draft")
@@ -42,13 +44,6 @@ JSON_LINES = "print one JSON object a note and a line, and a summary in the last
 def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
@@ -435,7 +430,7 @@ def run_bench(args) -> dict:
         raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
     if args.training and args.figure:
         raise ValueError("--figure shows decoding: it does not go with --training.")
-    from sage_studio.bench.tables import figure, load_result, plotting, table
+    from sage_studio.bench.tables import figure, load_result, table
 
     if args.trainer:
         return _bench_trainer(args)

@@ -207,7 +207,7 @@ def report_of(folder, name, weights):
     home = folder / "checkpoint-abc123"
     home.mkdir(parents=True)
     (home / "settings.json").write_text(json.dumps({"task": "likelihood", "weights": weights}))
-    (home / "results.jsonl").write_text('{"piece": "a", "seconds": 2.0}\n{"piece": "b", "seconds": 4.0}\n')
+    (home / "results.jsonl").write_text('{"piece": "a", "elapsed_s": 2.0}\n{"piece": "b", "elapsed_s": 4.0}\n')
     row = {"system": CARDS[name][0], "n": 2, "nats_per_note": {"mean": 5.0, "low": 4.0, "high": 6.0, "n": 2}}
     found = {"task": "likelihood", "settings": {"data": [str(folder / "corpus" / "multitrack")], "window": 1024}}
     path = folder / "report.json"
@@ -221,7 +221,7 @@ def test_an_evaluation_is_kept_without_its_pieces_and_paths(root, tmp_path):
     path = record.record(report, "sage-music-6m", root)
     kept = read_results("sage-music-6m-likelihood", root, read_checkpoint("sage-music-6m"))
     assert path.parent == root / "results" and kept["settings"]["data"] == ["DATA/multitrack"]
-    assert "pieces" not in kept and kept["writing"] == {"median_seconds": 3.0, "n": 2}
+    assert "pieces" not in kept and kept["writing"] == {"median_elapsed_s": 3.0, "n": 2}
     assert str(tmp_path) not in path.read_text()
 
 

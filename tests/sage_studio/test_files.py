@@ -1,8 +1,8 @@
-"""Folders to files and splits: every MIDI file and nothing else, splits are stable, licences filter."""
+"""Every MIDI file of a folder and nothing else; seeds by name; journals outlast a kill and refuse other settings."""
 
 import pytest
 
-from sage_studio.files import midi_files, split_files
+from sage_studio.files import Journal, midi_files, seed_of
 
 
 def test_midi_files_are_found_wherever_they_are(tmp_path):
@@ -16,19 +16,31 @@ def test_midi_files_are_found_wherever_they_are(tmp_path):
         midi_files(tmp_path / "empty")
 
 
-def test_a_folder_without_splits_is_split_by_name(tmp_path):
-    for index in range(60):
-        (tmp_path / f"{index}.mid").write_bytes(b"")
-    splits = split_files([str(tmp_path)], None, None)
-    assert len(splits["train"]) + len(splits["validation"]) == 60 and not splits["test"]
-    assert 1 <= len(splits["validation"]) <= 15
-    assert splits == split_files([str(tmp_path)], None, None)
+def test_a_seed_is_that_of_the_names_alone():
+    found = [seed_of(0, "a"), seed_of(0, "a", "b"), seed_of(0, "b"), seed_of(1, "a"), seed_of(0, "\udcff.mid")]
+    assert len(set(found)) == len(found) and all(0 <= seed < 2**32 for seed in found)
+    assert seed_of(0, "a") == found[0]
 
 
-def test_licences_filter_files(tmp_path):
-    (tmp_path / "train").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "train" / f"{name}.mid").write_bytes(b"")
-    (tmp_path / "metadata.csv").write_text("path,licence\ntrain/a.mid,MIT\ntrain/b.mid,GPL-3.0\n")
-    splits = split_files([str(tmp_path)], str(tmp_path / "metadata.csv"), ["MIT"])
-    assert [path.name for path in splits["train"]] == ["a.mid"]
+def test_a_journal_is_of_all_processes_and_passes_over_what_a_kill_cut_off(tmp_path):
+    one, two = (Journal(tmp_path, {"seed": 0}, lines=f"done/{rank}.jsonl") for rank in (0, 1))
+    one.add({"piece": "a", "n": 1})
+    two.add({"piece": "b"})
+    with one.lines.open("ab") as file:
+        file.write(b'{"piece": "c", "n"')
+    assert list(one.records()) == [{"piece": "a", "n": 1}, {"piece": "b"}]
+    one.add({"piece": "a", "n": 2})
+    assert list(Journal(tmp_path, {"seed": 0}, lines="done/0.jsonl").records()) == [
+        *({"piece": "a", "n": n} for n in (1, 2)),
+        {"piece": "b"},
+    ]
+
+
+def test_a_journal_of_other_settings_is_not_gone_on_with(tmp_path):
+    Journal(tmp_path, {"bars": (4, 8), "seed": 0})
+    Journal(tmp_path, {"bars": (4, 8), "seed": 0})
+    with pytest.raises(ValueError, match=r"seed 0 \(now None\), split None \(now test\)"):
+        Journal(tmp_path, {"bars": [4, 8], "split": "test"})
+    (tmp_path / "settings.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"settings\.json: does not hold the settings"):
+        Journal(tmp_path, {})

@@ -22,7 +22,6 @@ import ctypes
 import gc
 import io
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +43,8 @@ from sage_music import (
 )
 from sage_music.arguments_sage_music import CACHE_NAME
 from sage_studio.generation.bars import window
-from sage_studio.generation.sampling import sampling_options, seeded
+from sage_studio.generation.sampling import device_of, sampling_options, seeded
+from sage_studio.reports import machine
 
 CONTEXTS, BATCHES = (512, 2048, 8192), (1, 16)
 TOKENS, ROUNDS = 128, 3
@@ -469,8 +469,7 @@ def compare(
     Raises:
         ValueError: an unknown shape, model or device, no model at all, or a context too short, naming it.
     """
-    target = device_of(device)
-    _check(contexts, batches, rounds)
+    target = _check(contexts, batches, rounds, device)
     unknown = [key for key in models if key not in NAMES]
     if unknown or not models:
         raise ValueError(f"models {unknown or 'none'}: choose among {', '.join(NAMES)}.")
@@ -504,8 +503,8 @@ def compare(
         _add_ratios(row, rows)
         if row["key"] in FULL_PRECISION:
             step_s = row["ms_per_token"] / 1000
-            row["roofline_products"] = _rounded(row["step_bytes"] / bandwidth.products / step_s)
-            row["roofline_stream"] = _rounded(row["step_bytes"] / bandwidth.stream / step_s)
+            row["roofline_products"] = rounded(row["step_bytes"] / bandwidth.products / step_s)
+            row["roofline_stream"] = rounded(row["step_bytes"] / bandwidth.stream / step_s)
     if any("peak_mb" not in row for row in rows):
         remarks.append("peak memory is left out: this system does not tell a process its peak anew (Linux does)")
     trained = model.config.max_position_embeddings
@@ -525,33 +524,23 @@ def compare(
         "shape": _described(ours, shape),
         "prompts": prompts,
         "bandwidth": {
-            "products_gb_s": _rounded(bandwidth.products / 1e9),
-            "stream_gb_s": _rounded(bandwidth.stream / 1e9),
+            "products_gb_s": rounded(bandwidth.products / 1e9),
+            "stream_gb_s": rounded(bandwidth.stream / 1e9),
         },
         "rows": rows,
         "remarks": remarks,
     }
 
 
-def device_of(name: str) -> torch.device:
-    """`cpu` or `cuda`.
-
-    Raises:
-        ValueError: another name, or no CUDA device.
-    """
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is neither cpu nor cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: PyTorch finds no CUDA device here; leave it out to measure on the CPU.")
-    return torch.device(name)
-
-
-def _check(contexts: Sequence[int], batches: Sequence[int], rounds: int) -> None:
+def _check(contexts: Sequence[int], batches: Sequence[int], rounds: int, device: str) -> torch.device:
+    if device not in ("cpu", "cuda"):  # of others neither memory nor time is measured right
+        raise ValueError(f"device {device!r} is neither cpu nor cuda.")
     for context in contexts:
         if context < 16:
             raise ValueError(f"a context of {context} tokens is too short to measure: give contexts of 16 or more.")
     if not contexts or not batches or min(batches) < 1 or rounds < 1:
         raise ValueError("contexts, batches and rounds need one entry or more, each at least 1.")
+    return device_of(device)
 
 
 @dataclass
@@ -614,7 +603,7 @@ class _Cell:
                 row["step_bytes"] = weight_bytes_per_step(rival.model, batch) + cached
             if rises[rival.key] is not None:
                 row["peak_mb"] = (weights[rival.key] + rises[rival.key]) / 1e6
-            rows.append({name: _rounded(value) for name, value in row.items()})
+            rows.append({name: rounded(value) for name, value in row.items()})
         return rows
 
 
@@ -645,13 +634,13 @@ def _add_ratios(row: dict, rows: list[dict]) -> None:
     same = {r["key"]: r for r in rows if (r["context"], r["batch"]) == (row["context"], row["batch"])}
     for key, name in (("full", "speed_ratio"), ("mqa", "mqa_speed_ratio")):
         if key in same:
-            row[name] = _rounded(row["tokens_per_second"] / same[key]["tokens_per_second"])
+            row[name] = rounded(row["tokens_per_second"] / same[key]["tokens_per_second"])
     if "full" in same:
         base = same["full"]
-        row["cache_ratio"] = _rounded(base["cache_bytes_per_token"] / row["cache_bytes_per_token"])
-        row["cache_padded_ratio"] = _rounded(base["cache_bytes_per_token"] / row["cache_padded_bytes_per_token"])
+        row["cache_ratio"] = rounded(base["cache_bytes_per_token"] / row["cache_bytes_per_token"])
+        row["cache_padded_ratio"] = rounded(base["cache_bytes_per_token"] / row["cache_padded_bytes_per_token"])
         if "sampled_tokens_per_second" in row:
-            row["sampled_speed_ratio"] = _rounded(row["sampled_tokens_per_second"] / base["tokens_per_second"])
+            row["sampled_speed_ratio"] = rounded(row["sampled_tokens_per_second"] / base["tokens_per_second"])
 
 
 def compare_training(
@@ -669,8 +658,7 @@ def compare_training(
     Returns a JSON-ready dict with a `training` row per context, batch and model; `time_ratio` is the time over the
     Llama's. Arguments and errors as for `compare`.
     """
-    target = device_of(device)
-    _check(contexts, batches, rounds)
+    target = _check(contexts, batches, rounds, device)
     rows = []
     with seeded(0):
         bare = copy.copy(model.config.to_dict()) | {"num_mtp_layers": 0}  # the backbone alone has a rival
@@ -689,7 +677,7 @@ def compare_training(
                     row = {"context": context, "batch": batch, "model": name, "parameters": trained.num_parameters()}
                     row |= {"intermediate_size": trained.config.intermediate_size, "training_step_s": medians[name]}
                     row["time_ratio"] = medians[name] / medians[NAMES["full"]]
-                    rows.append({key: _rounded(value) for key, value in row.items()})
+                    rows.append({key: rounded(value) for key, value in row.items()})
     return {"machine": machine(target), "shape": _described(ours, shape), "training": rows}
 
 
@@ -717,29 +705,6 @@ def _described(ours: SageMusicForCausalLM, shape: str) -> dict:
     }
 
 
-def _rounded(value):
+def rounded(value):
+    """A float to four significant digits; anything else as it is."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def machine(device: torch.device | None = None) -> dict:
-    """What was measured on, JSON-ready."""
-    found = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    if device is not None and device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def machine_line(found: dict) -> str:
-    """The `machine()` of a result in words."""
-    device = f"{found['device']}, " if "device" in found else ""
-    return f"{device}{found['threads']} threads of {found['cores']} cores, torch {found['torch']}"
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])

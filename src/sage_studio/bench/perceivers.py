@@ -32,8 +32,9 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from perceivers import PerceiverSCache, PerceiverSConfig, PerceiverSForCausalLM
+from sage_studio.reports import machine, machine_line, markdown
 
-from .decoding import machine, machine_line, markdown, token_seconds
+from .decoding import rounded, token_seconds
 
 CONTEXTS = (2048, 8192, 32768)
 PERCEIVERS, PERCEIVERS_ONE = "PerceiverS", "PerceiverS, one scale"
@@ -197,7 +198,7 @@ def compare_at(config: PerceiverSConfig, tokens: int, rounds: int) -> list[dict]
             if rival is not None:
                 row["training_ratio"] = found[RIVAL]["training"] / seconds["training"]
                 row["decoding_ratio"] = found[RIVAL]["token"] / seconds["token"]
-        rows.append({key: _rounded(value) for key, value in row.items()})
+        rows.append({key: rounded(value) for key, value in row.items()})
     return rows
 
 
@@ -237,7 +238,7 @@ def growth(contexts, tokens: int, rounds: int) -> list[dict]:
         }
         if rows:
             row["growth"] = row["ms_per_token"] / rows[0]["ms_per_token"]
-        rows.append({key: _rounded(value) for key, value in row.items()})
+        rows.append({key: rounded(value) for key, value in row.items()})
     return rows
 
 
@@ -282,10 +283,10 @@ def paper_size(contexts=(2048, 32768), tokens: int = 64, **shape) -> dict:
         step, refill = statistics.median(steps), refill_seconds(model, cache, ids)
         row = {"context": context, "prefill_s": prefill, "step_ms": 1000 * step, "refill_ms": 1000 * refill}
         row["ms_per_token"] = 1000 * amortised(config, step, refill)
-        rows.append({key: _rounded(value) for key, value in row.items()})
+        rows.append({key: rounded(value) for key, value in row.items()})
     result["ratio"] = rows[-1]["ms_per_token"] / rows[0]["ms_per_token"]
     result["peak_gb"] = peak_memory() / 1e9
-    return {"machine": machine(), "paper_size": {key: _rounded(value) for key, value in result.items()}}
+    return {"machine": machine(), "paper_size": {key: rounded(value) for key, value in result.items()}}
 
 
 @torch.no_grad()
@@ -314,8 +315,8 @@ def training_memory(**shape) -> dict:
         "context": config.max_position_embeddings,
         "latents": config.num_latents,
         "parameters": model.num_parameters(),
-        "training_step_s": _rounded(seconds),
-        "peak_gb": _rounded(peak_memory() / 1e9),
+        "training_step_s": rounded(seconds),
+        "peak_gb": rounded(peak_memory() / 1e9),
     }
     return {"machine": machine(), "training_memory": found}
 
@@ -428,8 +429,3 @@ def _paper_table(found: dict) -> str:
 
 def _times(row: dict, name: str, otherwise: str) -> str:
     return f"{row[name]} x" if name in row else otherwise
-
-
-def _rounded(value):
-    """Floats to four significant digits."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,17 +1,15 @@
 """What `bench.decoding` measured, to be read: Markdown tables, and the figure of speed and cache against the
 context."""
 
-import io
 import json
 import os
 from pathlib import Path
 
-from sage_studio.errors import MissingExtraError
+from sage_studio import reports
 from sage_studio.files import write_atomic
+from sage_studio.reports import machine_line, markdown
 
-from .decoding import machine_line, markdown
-
-# Okabe and Ito's palette, told apart by colour-blind readers too; ours in strong colours, rivals in quiet ones.
+# Of `reports.PALETTE`: ours in strong colours, rivals in quiet ones.
 COLOURS = {
     "int8-compiled-draft": "#D55E00",
     "int8-compiled": "#CC79A7",
@@ -157,20 +155,6 @@ def _training_table(rows: list[dict]) -> str:
     return markdown(columns, cells)
 
 
-def plotting():
-    """matplotlib's `Figure` and its canvas.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'sage-music[plot]'.") from error
-    return Figure, FigureCanvasAgg
-
-
 def figure(result: dict, path: str | os.PathLike) -> Path:
     """Write a PNG of tokens per second (left) and cache memory of a sequence (right) against the context.
 
@@ -180,7 +164,6 @@ def figure(result: dict, path: str | os.PathLike) -> Path:
         ValueError: `result` has no rows to draw.
         MissingExtraError: matplotlib is not installed.
     """
-    make, canvas = plotting()
     drawn = [row for row in result.get("rows", []) if row["key"] in COLOURS]
     if not drawn:
         raise ValueError("this result has no rows to draw: it takes one of decoding, with one of the models at least.")
@@ -190,8 +173,7 @@ def figure(result: dict, path: str | os.PathLike) -> Path:
         line = sorted((r for r in drawn if r["key"] == key and r["batch"] == batch), key=lambda r: r["context"])
         if line:
             lines[key] = line
-    picture = make(figsize=(10, 4.4), layout="constrained")
-    canvas(picture)
+    picture = reports.figure(10, 4.4)
     left, right = picture.subplots(1, 2)
     speeds = {key: [row["tokens_per_second"] for row in line] for key, line in lines.items()}
     _draw(left, lines, speeds, "tokens per second" + (f", batch {batch}" if batch > 1 else ""))
@@ -201,9 +183,7 @@ def figure(result: dict, path: str | os.PathLike) -> Path:
     # Weights of lower precision, compiling and drafting leave the cache as it is: it is drawn once.
     cached = {key: values for key, values in memory.items() if not key.startswith("int8") or "ours" not in lines}
     _draw(right, lines, cached, "cache of one sequence, MB")
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=110)
-    return write_atomic(path, buffer.getvalue())
+    return write_atomic(path, reports.png(picture))
 
 
 def _draw(axes, lines: dict[str, list[dict]], values: dict[str, list[float]], title: str) -> None:
@@ -225,8 +205,7 @@ def _draw(axes, lines: dict[str, list[dict]], values: dict[str, list[float]], ti
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda height, _: f"{height:,g}"))
     axes.grid(axis="y", color="black", linewidth=0.4, alpha=0.15)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    reports.plain(axes)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("context, tokens")
     ends = {

@@ -21,7 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from .decoding import machine, music_like_ids
+from sage_studio.reports import machine
+
+from .decoding import music_like_ids
 
 WARM_UP = 2  # steps of a round before the clock starts
 

@@ -5,28 +5,21 @@ what they made. `splits` tells which files are the same music and deals them, `p
 `shards` writes and reads the result as Parquet.
 """
 
-from sage_studio.files import MIDI_SUFFIXES, SPLITS, midi_files, split_files
-
-from .encoding import MidiTokenizer, Record, encode_file, encode_files, tokenizer_key
+from .encoding import MidiTokenizer, Record, encode_file, tokenizer_key
 from .prepared import Corpus, prepare_corpus
 from .shards import is_prepared, read_shards, write_shards
 from .store import TokenStore, encode_corpus
 
 __all__ = [
-    "MIDI_SUFFIXES",
-    "SPLITS",
     "Corpus",
     "MidiTokenizer",
     "Record",
     "TokenStore",
     "encode_corpus",
     "encode_file",
-    "encode_files",
     "is_prepared",
-    "midi_files",
     "prepare_corpus",
     "read_shards",
-    "split_files",
     "tokenizer_key",
     "write_shards",
 ]

@@ -128,7 +128,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizer":
 def _lines(result: dict) -> list[str]:
     rates = f"{result['files_per_second']:,.0f} files/s, {result['notes_per_second']:,.0f} notes/s"
     lines = [
-        f"{result['files']:,} files, {result['from_cache']:,} of them from the cache, in {result['seconds']:,.1f} s: "
+        f"{result['files']:,} files, {result['from_cache']:,} of them from the cache, in {result['elapsed_s']:,.1f} s: "
         f"{rates}",
         f"{result['notes']:,} notes, {result['tokens']:,} tokens",
         f"{result['groups']:,} groups of the same music or composition; {result['copies']:,} files are copies",

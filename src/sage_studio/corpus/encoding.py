@@ -1,21 +1,17 @@
-"""MIDI files to token ids: one file to one record, and short lists of files in this process."""
+"""MIDI files to token ids: one file to one record."""
 
 import hashlib
 import importlib.metadata
 import inspect
-import io
 import json
 import os
 import re
 import stat
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol, TypedDict
 
 import numpy as np
 
-from sage_studio.files import write_atomic
 from sage_studio.music.midi import read_score
 
 from .splits import fingerprint
@@ -106,7 +102,9 @@ def encode_file(source: str | os.PathLike | bytes, tokenizer: MidiTokenizer, siz
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             score = read_score(data)
-            ids, music = _with_end(tokenizer.midi_to_ids(score), tokenizer), fingerprint(score)
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            ids = np.array([*tokenizer.midi_to_ids(score), *end], dtype=ids_dtype(tokenizer))
+            music = fingerprint(score)
     except MemoryError:
         raise
     except Exception as error:  # an IndexError deep in a reader is no less this file's fault than a ValueError
@@ -128,60 +126,12 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= REASON_LENGTH else f"{text[: REASON_LENGTH - 3]}..."
 
 
-def encode_files(
-    files: Iterable[str | Path], tokenizer: MidiTokenizer, cache: str | Path | None = None
-) -> list[np.ndarray]:
-    """Token ids `(T,)` of each file, `BOS ... EOS`; a file that cannot be read is warned about and left out.
-
-    In this process and into memory: for some thousand files. `encode_corpus` is for more, and for files nobody chose.
-    Without an EOS in the vocabulary, pieces end with their last event.
-
-    Args:
-        cache: a folder that keeps the ids, by the contents of the files and `tokenizer_key`.
-    """
-    if cache is None:
-        return _encode(files, tokenizer)
-    files = list(files)
-    key = hashlib.sha256(tokenizer_key(tokenizer).encode())
-    for path in files:
-        key.update(hashlib.sha256(Path(path).read_bytes()).digest())
-    kept = Path(cache) / f"{key.hexdigest()[:32]}.npz"
-    if kept.is_file():
-        with np.load(kept) as arrays:
-            return np.split(arrays["ids"], arrays["ends"][:-1]) if len(arrays["ends"]) else []
-    pieces = _encode(files, tokenizer)
-    data = io.BytesIO()
-    np.savez_compressed(
-        data, ids=np.concatenate(pieces) if pieces else np.zeros(0), ends=np.cumsum([len(piece) for piece in pieces])
-    )
-    write_atomic(kept, data.getvalue())
-    return pieces
-
-
-def _encode(files: Iterable[str | Path], tokenizer: MidiTokenizer) -> list[np.ndarray]:
-    pieces = []
-    for path in files:
-        try:
-            ids = tokenizer.midi_to_ids(path)
-        except ValueError as error:
-            warnings.warn(f"left out: {error}", stacklevel=3)
-            continue
-        pieces.append(_with_end(ids, tokenizer))
-    return pieces
-
-
-def _with_end(ids: list[int], tokenizer: MidiTokenizer) -> np.ndarray:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return np.array([*ids, *end], dtype=ids_dtype(tokenizer))
-
-
 __all__ = [
     "SIZE_LIMIT",
     "TOKENS_VERSION",
     "MidiTokenizer",
     "Record",
     "encode_file",
-    "encode_files",
     "failed_record",
     "ids_dtype",
     "one_line",

@@ -39,7 +39,7 @@ class Corpus:
             (files that are the same music or composition have one). Memory-mapped from the cache.
         skipped: path and reason of every file that could not be read.
         report: numbers of `files` (all that were found), `skipped`, `copies` (files of the same bytes as another one),
-            `groups`, `notes`, `tokens` and files `from_cache`; `seconds`, `files_per_second`, `notes_per_second`;
+            `groups`, `notes`, `tokens` and files `from_cache`; `elapsed_s`, `files_per_second`, `notes_per_second`;
             `splits`, each with files, groups, notes and tokens; `licences` and their files, where the metadata tell;
             `leaks`, the held-out files (`path`, `split`) whose group is also trained on, because they were given so.
     """
@@ -58,8 +58,8 @@ class Corpus:
 
 
 @dataclass
-class _Files:
-    """Files, and for each its name in the corpus and what the user said of it."""
+class Files:
+    """Files, and for each its name in the corpus and what is said of it; its split is empty where nothing gives one."""
 
     paths: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ def prepare_corpus(
     """
     started = time.perf_counter()
     check_held_out(held_out)
-    files = _collect(folders, metadata, licences)
+    files = collect(folders, metadata, licences)
     cache = default_cache() if cache is None else Path(cache)
     store = TokenStore(cache, tokenizer)
     before = store.keys()
@@ -132,7 +132,7 @@ def prepare_corpus(
         )
     rows, whole = _joined(rows, stored, {"path": names, "tokens": tokens.astype(np.int32), "group": groups})
     members = {name: np.nonzero(split_of == name)[0] for name in SPLITS}
-    seconds = time.perf_counter() - started
+    elapsed_s = time.perf_counter() - started
     report = {
         "files": len(files.paths),
         "skipped": len(skipped),
@@ -141,9 +141,9 @@ def prepare_corpus(
         "notes": int(notes.sum()),
         "tokens": int(tokens.sum()),
         "from_cache": sum(key in before for key in keys),
-        "seconds": round(seconds, 2),
-        "files_per_second": round(len(files.paths) / seconds, 1),
-        "notes_per_second": round(float(notes.sum()) / seconds, 1),
+        "elapsed_s": round(elapsed_s, 2),
+        "files_per_second": round(len(files.paths) / elapsed_s, 1),
+        "notes_per_second": round(float(notes.sum()) / elapsed_s, 1),
         "splits": {
             name: {
                 "files": len(chosen),
@@ -172,16 +172,19 @@ def default_cache() -> Path:
     return Path(config.HF_DATASETS_CACHE) / CACHE
 
 
-def _collect(
+def collect(
     folders: Sequence[str | os.PathLike], metadata: str | os.PathLike | None, licences: Sequence[str] | None
-) -> _Files:
-    """The files that are asked for, each once."""
+) -> Files:
+    """The files that are asked for, each once, with the splits that metadata and subfolders give them.
+
+    Arguments and errors are those of `prepare_corpus`.
+    """
     if licences is not None and metadata is None:
         raise ValueError("licences are told by metadata: give --metadata, a CSV with the columns path and licence.")
     known = {} if metadata is None else read_metadata(metadata)
     roots = [os.path.realpath(folder) for folder in folders]
     base = os.path.commonpath(roots) if roots else ""
-    files, seen, named = _Files(), set(), 0
+    files, seen, named = Files(), set(), 0
     for folder, root in zip(folders, roots, strict=True):
         for path in midi_files(folder):
             parts = path.relative_to(folder).parts
@@ -252,4 +255,4 @@ def _joined(rows: np.ndarray, stored, columns: dict) -> "tuple[np.ndarray, datas
     return rows, whole.select_columns(list(COLUMNS))
 
 
-__all__ = ["COLUMNS", "Corpus", "default_cache", "prepare_corpus"]
+__all__ = ["COLUMNS", "Corpus", "Files", "collect", "default_cache", "prepare_corpus"]

@@ -22,11 +22,13 @@ import argparse
 from pathlib import Path
 
 from sage_studio.defaults import BARS, MUSIC_S, PROMPT_BARS
+from sage_studio.files import SPLITS
 from sage_studio.metrics.densities import MODES
 
 from .continuation import continuation_scores, evaluate_continuations
 from .likelihood import WINDOW, evaluate_likelihood
-from .pieces import NUM, OUT, SPLITS, choose_prompts
+from .pieces import NUM, OUT, choose_prompts
+from .report import markdown_report
 from .sets import HALF_SAMPLES, evaluate_sets, generated_set, human_overlap, measured_set, set_overlap
 from .systems import CheckpointWriter
 
@@ -39,12 +41,13 @@ TASKS = {
     "set": (
         evaluate_sets,
         (
-            *("bars", "seconds", "max_tokens", "temperature", "top_p"),
-            *("cut_seconds", "performed", "references", "mode", "half_samples"),
+            *("bars", "music_s", "max_tokens", "temperature", "top_p"),
+            *("cut_s", "performed", "references", "mode", "half_samples"),
         ),
     ),
     "likelihood": (evaluate_likelihood, ("window",)),
 }
+FLAGS = {"music_s": "seconds", "cut_s": "cut-seconds"}  # of options that are called otherwise on the command line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--write-prompts", type=Path, metavar="FOLDER", help="write the prompts as MIDI files, for other systems")
     add = parser.add_argument_group("set").add_argument
     add("--mode", choices=MODES, help=f"of KLD and OA (default: {MODES[0]})")
-    add("--seconds", type=float, help=f"length of PerceiverS' pieces (default: {MUSIC_S:g})")
+    add(
+        "--seconds",
+        dest="music_s",
+        metavar="SECONDS",
+        type=float,
+        help=f"length of PerceiverS' pieces (default: {MUSIC_S:g})",
+    )
     add("--max-tokens", type=int, help="tokens of PerceiverS' pieces at most; alone, the model ends the piece")
-    add("--cut-seconds", type=float, help="look at the first so many seconds of every piece, human or not")
+    add(
+        "--cut-seconds", dest="cut_s", type=float, help="look at the first so many seconds of every piece, human or not"
+    )
     add("--references", type=int, help="human pieces (default: all)")
     add("--half-samples", type=int, help=f"behind the intervals of OA (default: {HALF_SAMPLES})")
     add = parser.add_argument_group("likelihood").add_argument
@@ -93,9 +104,10 @@ def run(args: argparse.Namespace) -> dict:
     for name in given:
         if name not in own:
             tasks = " and ".join(task for task, (_, names) in TASKS.items() if name in names)
-            raise ValueError(f"--{name.replace('_', '-')} is an option of --task {tasks}, not of {args.task}.")
+            flag = FLAGS.get(name, name.replace("_", "-"))
+            raise ValueError(f"--{flag} is an option of --task {tasks}, not of {args.task}.")
     if "max_tokens" in given:
-        given.setdefault("seconds", None)
+        given.setdefault("music_s", None)
     result = function(
         args.systems,
         args.data,
@@ -109,8 +121,6 @@ def run(args: argparse.Namespace) -> dict:
         **given,
     )
     if not args.json:
-        from .report import markdown_report
-
         print(markdown_report(result))
         print(f"\nwrote {', '.join(result['files'])}")
     return result

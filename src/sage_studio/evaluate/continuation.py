@@ -17,14 +17,16 @@ import numpy as np
 from symusic import Score
 
 from sage_studio.defaults import BARS, PROMPT_BARS
+from sage_studio.files import Journal, seed_of
 from sage_studio.metrics import bar_grid, nmsi
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import notes_from_score, write_midi
+from sage_studio.reports import plotting
 
+from . import report
 from .pieces import (
     NUM,
     OUT,
-    Kept,
     by_key,
     choose_prompts,
     cut_prompt,
@@ -34,7 +36,6 @@ from .pieces import (
     finish,
     interval,
     read_quietly,
-    seed_of,
     write_kept,
 )
 from .systems import CheckpointWriter, FolderReader, System, find_systems, match_files
@@ -62,7 +63,7 @@ def continuation_scores(
 
     Args:
         write: `write(path, seed)` returns the prompt and its continuation as a `symusic.Score`, or a
-            `generation.sampling.Generated`; what it raises makes the piece a failure. With several workers it is
+            `generation.result.Piece`; what it raises makes the piece a failure. With several workers it is
         pickled. files: reference pieces of at least `prompt_bars + bars` bars (`choose_prompts` finds them), by key or
         a list. out: folder that keeps the continuations (`midi/`) and records; None keeps nothing.
         settings: what else the results depend on (which checkpoint): results of other settings are refused.
@@ -71,7 +72,7 @@ def continuation_scores(
         workers: as for `sage_studio.evaluate.pieces.each`.
 
     Records: `piece`, `seed`, `failed` (reason or None), `nmsi` and its parts (0 where it failed), `notes` (in the bars
-    compared), `new_notes` and `seconds` of the generation, `remarks`, `midi` (in `out`).
+    compared), `new_notes` and `elapsed_s` of the generation, `remarks`, `midi` (in `out`).
 
     Raises:
         ValueError: `out` keeps results of other settings.
@@ -86,8 +87,8 @@ def continuation_scores(
     return finish(kept, {key: (key, str(path)) for key, path in files.items()}, work, workers, label, sources)
 
 
-def _keep(out: str | os.PathLike, seed: int, shape: dict, settings: dict | None) -> Kept:
-    return Kept(out, {"task": "continuation", "seed": seed, **shape, **(settings or {})})
+def _keep(out: str | os.PathLike, seed: int, shape: dict, settings: dict | None) -> Journal:
+    return Journal(out, {"task": "continuation", "seed": seed, **shape, **(settings or {})})
 
 
 def _continue_one(
@@ -172,10 +173,8 @@ def evaluate_continuations(
         FileNotFoundError, ValueError: no usable piece, a system that is none, an option outside its range.
         MissingExtraError: `plots` without matplotlib.
     """
-    from . import report  # with torch and, for plots, matplotlib
-
     if plots:
-        report.plotting()
+        plotting()  # before hours of work: matplotlib may be missing
     files, skipped = choose_prompts(data, num, prompt_bars, bars, seed, split)
     found = find_systems(systems, (ANOTHER, REPEATED, TRUTH))
     if not found and write_prompts is None:
@@ -265,7 +264,7 @@ def _looped(notes: np.ndarray, grid: np.ndarray, bars: int) -> tuple[np.ndarray,
 def _row(label: str, kind: str, records: list[dict]) -> dict:
     """A system's line of the table, as JSON."""
     scored = [record for record in records if record["failed"] is None]
-    seconds = sum(record.get("seconds", 0.0) for record in scored) if kind not in ("reference", "folder") else 0.0
+    elapsed_s = sum(record.get("elapsed_s", 0.0) for record in scored) if kind not in ("reference", "folder") else 0.0
     return {
         "system": label,
         "kind": kind,
@@ -275,7 +274,7 @@ def _row(label: str, kind: str, records: list[dict]) -> dict:
         "valid": sum(bool(record["notes"]) for record in scored) / len(records),
         **{part: interval([record[part] for record in records]) for part in PARTS},
         "nmsi_without_failures": interval([record["nmsi"] for record in scored]),
-        "notes_per_second": sum(record["new_notes"] for record in scored) / seconds if seconds else None,
+        "notes_per_second": sum(record["new_notes"] for record in scored) / elapsed_s if elapsed_s else None,
     }
 
 

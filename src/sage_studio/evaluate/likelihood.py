@@ -20,7 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .pieces import NUM, OUT, Kept, corpus_files, differences, digests, finish, interval, reason, shuffled
+from sage_studio.files import Journal
+from sage_studio.reports import plotting
+
+from . import report
+from .pieces import NUM, OUT, corpus_files, differences, digests, finish, interval, reason, shuffled
 from .systems import System, find_systems, loaded
 
 WINDOW = 1024
@@ -121,10 +125,8 @@ def evaluate_likelihood(
             range.
         MissingExtraError: `plots` without matplotlib.
     """
-    from . import report  # with torch and, for plots, matplotlib
-
     if plots:
-        report.plotting()
+        plotting()  # before hours of work: matplotlib may be missing
     if num < 1 or window < 2:
         raise ValueError(f"num {num} must be positive, and window {window} 2 tokens at least.")
     files = corpus_files(data, split)
@@ -136,7 +138,7 @@ def evaluate_likelihood(
     homes = {}
     for system in found:  # all of them before the first piece
         settings = {"task": "likelihood", "weights": system.fingerprint, "window": window}
-        homes[system.label] = Kept(system.home(out), settings)
+        homes[system.label] = Journal(system.home(out), settings)
     records, kinds, systems_of = {}, {}, [system.label for system in found]
     for system in found:
         work = PieceLikelihood(system.source, window, device)

@@ -5,7 +5,6 @@ JSON; a piece that failed has the reason in `failed`, which is None otherwise. N
 """
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -21,13 +20,12 @@ import numpy as np
 from symusic import Score
 
 from sage_studio.errors import InvalidMidiError
-from sage_studio.files import midi_files, write_atomic
+from sage_studio.files import SPLITS, Journal, midi_files, seed_of
 from sage_studio.metrics import bar_grid, bootstrap, bootstrap_difference
 from sage_studio.metrics.continuation import sixteenths
 from sage_studio.music.midi import bar_ticks, notes_from_score, read_score, write_midi
 
 OUT, NUM = "out/evaluation", 100  # where results go, and of how many pieces
-SPLITS = ("train", "validation", "test")
 
 
 def read_quietly(source: "str | os.PathLike | bytes") -> Score:
@@ -81,11 +79,6 @@ def by_key(files: Sequence[str | os.PathLike]) -> dict[str, Path]:
 def shuffled(keys: Iterable[str], seed: int) -> list[str]:
     """The keys in an order that depends on them and the seed, and mixes folders; of fewer keys, the same order."""
     return sorted(keys, key=lambda key: (seed_of(seed, key, "order"), key))
-
-
-def seed_of(seed: int, *names: str) -> int:
-    """A seed below 2^32 for one piece, whatever the other pieces and their order."""
-    return int.from_bytes(hashlib.sha256("/".join([str(seed), *names]).encode()).digest()[:4], "big")
 
 
 def choose_prompts(
@@ -164,59 +157,17 @@ def cut_prompt(score: Score, prompt_bars: int) -> Score:
     return score.clip(0, int(bar_ticks(score, prompt_bars + 1)[prompt_bars]), clip_end=False)
 
 
-def cut_notes(notes: np.ndarray, seconds: float | None) -> np.ndarray:
-    """The notes that begin before `seconds`, ended there; all of them where it is None."""
-    if seconds is None:
+def cut_notes(notes: np.ndarray, cut_s: float | None) -> np.ndarray:
+    """The notes that begin before `cut_s`, ended there; all of them where it is None."""
+    if cut_s is None:
         return notes
-    notes = notes[notes["onset_s"] < seconds].copy()
-    notes["duration_s"] = np.minimum(notes["duration_s"], seconds - notes["onset_s"])
+    notes = notes[notes["onset_s"] < cut_s].copy()
+    notes["duration_s"] = np.minimum(notes["duration_s"], cut_s - notes["onset_s"])
     return notes
 
 
-class Kept:
-    """Records of finished pieces in a folder: `settings.json`, and a line a piece in `results.jsonl`.
-
-    A record whose `midi` is no longer in the folder does not count as finished. Failures are kept too: delete their
-    lines to try them again.
-
-    Raises:
-        ValueError: the folder keeps results of other settings; the message says which.
-    """
-
-    def __init__(self, folder: str | os.PathLike, settings: dict):
-        self.folder, self.records = Path(folder), {}
-        settings = json.loads(json.dumps(settings))
-        path = self.folder / "settings.json"
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
-            if names:
-                changes = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in names)
-                raise ValueError(
-                    f"{folder} keeps results of other settings: {changes}. Choose another out, or delete it."
-                )
-        else:
-            write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
-        self.lines = self.folder / "results.jsonl"
-        text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the line being written when the run was killed
-            if not record.get("midi") or (self.folder / record["midi"]).is_file():
-                self.records[record["piece"]] = record
-        if text:
-            write_atomic(self.lines, "".join(json.dumps(r) + "\n" for r in self.records.values()).encode())
-
-    def add(self, record: dict) -> None:
-        self.records[record["piece"]] = record
-        with open(self.lines, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
 def finish(
-    kept: Kept | None,
+    kept: Journal | None,
     items: Mapping[str, tuple],
     work: Callable[..., dict],
     workers: int | None,
@@ -225,9 +176,14 @@ def finish(
 ) -> list[dict]:
     """A record of every item, in their order: the kept one, or `work(*arguments)`, kept as soon as it is there.
 
-    `sources` are `digests` of what the records are about: one about a file that has changed since is made again.
+    `sources` are `digests` of what the records are about: one about a file that has changed since is made again, as is
+    one whose `midi` is no longer in the folder. Failures are kept too: delete their lines to try them again.
     """
-    records = {} if kept is None else {key: kept.records[key] for key in items if key in kept.records}
+    records = {}
+    for record in [] if kept is None else kept.records():
+        key, midi = record["piece"], record.get("midi")
+        if key in items and not (midi and not (kept.folder / midi).is_file()):
+            records[key] = record
     if sources is not None:
         records = {key: record for key, record in records.items() if record.get("source") == sources[key]}
     missing = {key: arguments for key, arguments in items.items() if key not in records}
@@ -304,12 +260,12 @@ def _one_thread() -> Iterator[None]:
 def write_kept(write: Callable, arguments: tuple, folder: str | None, record: dict) -> Score:
     """What `write(*arguments)` makes; with a folder, as a reader finds it in the file that is kept there.
 
-    Puts `new_notes`, `seconds`, `remarks` and `midi` into the record.
+    Puts `new_notes`, `elapsed_s`, `remarks` and `midi` into the record.
     """
-    record |= {"new_notes": 0, "seconds": 0.0, "remarks": [], "midi": None}
+    record |= {"new_notes": 0, "elapsed_s": 0.0, "remarks": [], "midi": None}
     begin = time.perf_counter()
     made = write(*arguments)
-    record["seconds"] = round(getattr(made, "seconds", time.perf_counter() - begin), 3)
+    record["elapsed_s"] = round(getattr(made, "elapsed_s", time.perf_counter() - begin), 3)
     record["new_notes"], record["remarks"] = getattr(made, "notes", 0), getattr(made, "remarks", [])
     score = getattr(made, "score", made)
     if folder is not None:

@@ -3,7 +3,6 @@
 Conventions: a mean is followed by its 95 % interval in brackets; pictures are PNG, as bytes until they are written.
 """
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sage_studio.bench.decoding import markdown
-from sage_studio.bench.tables import plotting
 from sage_studio.files import write_atomic
 from sage_studio.metrics import self_similarity_matrix
 from sage_studio.metrics.densities import Densities
 from sage_studio.metrics.sets import FEATURES
+from sage_studio.reports import GREY, PALETTE, figure, markdown, plain, png
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#6A3D9A")
-GREY = "#777777"
 LISTED = 20  # pieces that the Markdown names; the JSON names all
 
 NMSI_NOTE = (
@@ -168,7 +163,7 @@ def _set(result: dict) -> tuple[list[str], str]:
 
 
 def _digits(name: str) -> int:
-    return 1 if name in ("notes", "seconds") else 3
+    return 1 if name in ("notes", "music_s") else 3
 
 
 def _likelihood(result: dict) -> tuple[list[str], str]:
@@ -189,27 +184,6 @@ def _likelihood(result: dict) -> tuple[list[str], str]:
         tables += ["Nats a note of the first less the second, over the pieces that both could score:"]
         tables.append(_difference_table(result["differences"], 3))
     return tables, LIKELIHOOD_NOTE
-
-
-def figure(width: float, height: float):
-    """A matplotlib figure of `width` x `height` inches; raises `MissingExtraError` where there is no matplotlib."""
-    make, canvas = plotting()
-    picture = make(figsize=(width, height), layout="constrained")
-    canvas(picture)
-    return picture
-
-
-def png(picture) -> bytes:
-    """A figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def plain(axes) -> None:
-    """Leave out the frame's upper and right side."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def draw_scores(records: Mapping[str, Sequence[dict]], names: Sequence[str]) -> bytes:
@@ -306,10 +280,6 @@ __all__ = [
     "draw_rolls",
     "draw_scores",
     "draw_similarity",
-    "figure",
     "markdown_report",
-    "plain",
-    "plotting",
-    "png",
     "write_report",
 ]

@@ -1,6 +1,6 @@
 """Unprompted pieces against human pieces, set against set, and each piece by itself (`sage-music evaluate --task set`).
 
-records = generated_set(CheckpointWriter("perceivers", seconds=60), num=100, out="out/pieces")
+records = generated_set(CheckpointWriter("perceivers", music_s=60), num=100, out="out/pieces")
 
 Conventions: those of `sage_studio.evaluate`. A continuation's reference rows have no counterpart here, where nothing is
 continued. Instead the human pieces are compared with themselves, one random half with the other: no system can be
@@ -22,17 +22,18 @@ import numpy as np
 
 from sage_studio.defaults import BARS, MUSIC_S
 from sage_studio.errors import InvalidMidiError
-from sage_studio.files import midi_files
+from sage_studio.files import Journal, midi_files, seed_of
 from sage_studio.metrics import bar_grid, bootstrap_difference, describe_piece, steady_grid
 from sage_studio.metrics.densities import MODES
 from sage_studio.metrics.sets import FEATURES, bar_seconds, compare_sets, feature_densities, set_features
 from sage_studio.music.midi import bar_times, notes_from_score
 from sage_studio.music.notes import end_s
+from sage_studio.reports import plotting
 
+from . import report
 from .pieces import (
     NUM,
     OUT,
-    Kept,
     by_key,
     corpus_files,
     cut_notes,
@@ -42,7 +43,6 @@ from .pieces import (
     interval,
     read_quietly,
     reason,
-    seed_of,
     shuffled,
     write_kept,
 )
@@ -66,7 +66,7 @@ def generated_set(
 ) -> list[dict]:
     """`num` pieces from nothing, kept in `out`: a record a piece. `write(None, seed)` as for `continuation_scores`.
 
-    Records: `piece`, `seed`, `failed` (reason or None), `new_notes`, `seconds`, `remarks`, `midi` (in `out`).
+    Records: `piece`, `seed`, `failed` (reason or None), `new_notes`, `elapsed_s`, `remarks`, `midi` (in `out`).
 
     Raises:
         ValueError: `num` is not positive, or `out` keeps results of other settings.
@@ -78,8 +78,8 @@ def generated_set(
     return finish(kept, items, partial(_write_one, write, seed=seed, folder=str(kept.folder)), workers, label)
 
 
-def _keep(out: str | os.PathLike, seed: int, settings: dict | None) -> Kept:
-    return Kept(out, {"task": "set", "seed": seed, **(settings or {})})
+def _keep(out: str | os.PathLike, seed: int, settings: dict | None) -> Journal:
+    return Journal(out, {"task": "set", "seed": seed, **(settings or {})})
 
 
 def _write_one(write: Callable, key: str, *, seed: int, folder: str) -> dict:
@@ -94,7 +94,7 @@ def _write_one(write: Callable, key: str, *, seed: int, folder: str) -> dict:
 def measured_set(
     files: "Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike]",
     mode: str = "corrected",
-    cut_seconds: float | None = None,
+    cut_s: float | None = None,
     performed: bool = False,
     workers: int | None = 1,
     label: str = "measuring",
@@ -103,28 +103,28 @@ def measured_set(
 
     Args:
         mode: of `set_features`.
-        cut_seconds: look at the first so many seconds only; notes that sound there end there.
+        cut_s: look at the first so many seconds only; notes that sound there end there.
         performed: bars mean nothing: take bars of 2 s.
 
     Raises:
-        ValueError: `cut_seconds` is not positive.
+        ValueError: `cut_s` is not positive.
     """
-    if cut_seconds is not None and not 0 < cut_seconds < math.inf:
-        raise ValueError(f"cut_seconds is {cut_seconds}; it must be a positive number.")
+    if cut_s is not None and not 0 < cut_s < math.inf:
+        raise ValueError(f"cut_s is {cut_s}; it must be a positive number.")
     if not isinstance(files, Mapping):
         files = by_key(files)
-    work = partial(_measure, mode=mode, cut_seconds=cut_seconds, performed=performed)
+    work = partial(_measure, mode=mode, cut_s=cut_s, performed=performed)
     return finish(None, {key: (key, str(path)) for key, path in files.items()}, work, workers, label)
 
 
-def _measure(key: str, path: str, *, mode: str, cut_seconds: float | None, performed: bool) -> dict:
+def _measure(key: str, path: str, *, mode: str, cut_s: float | None, performed: bool) -> dict:
     try:
         score = read_quietly(path)
     except InvalidMidiError as error:
         return {"piece": key, "failed": reason(error, path)}
-    notes = cut_notes(notes_from_score(score), cut_seconds)
+    notes = cut_notes(notes_from_score(score), cut_s)
     if not len(notes):
-        return {"piece": key, "failed": f"it is silent for its first {cut_seconds:g} s"}
+        return {"piece": key, "failed": f"it is silent for its first {cut_s:g} s"}
     lines = np.arange(1, math.ceil(end_s(notes) / STEADY_BAR_S)) * STEADY_BAR_S if performed else bar_times(score)[1:]
     bars = 1 + int((lines <= notes["onset_s"].max()).sum())
     grid = steady_grid(0.0, bars, STEADY_BAR_S) if performed else bar_grid(score, 0, bars)
@@ -257,9 +257,9 @@ def evaluate_sets(
     num: int = NUM,
     references: int | None = None,
     bars: int = BARS,
-    seconds: float | None = MUSIC_S,
+    music_s: float | None = MUSIC_S,
     max_tokens: int | None = None,
-    cut_seconds: float | None = None,
+    cut_s: float | None = None,
     seed: int = 0,
     split: str | None = "test",
     performed: bool = False,
@@ -274,21 +274,19 @@ def evaluate_sets(
 
     Args:
         systems: folders of MIDI files, or checkpoints, which first write `num` pieces of `bars` bars (SAGE-Music) or
-            `seconds` seconds or `max_tokens` tokens (PerceiverS).
+            `music_s` seconds or `max_tokens` tokens (PerceiverS).
         data, split: folders of human pieces, as for `corpus_files`.
         mode: of `compare_sets`: `corrected` or `mgeval`.
         references: use the first so many human pieces in an order drawn by `seed`; None: all.
-        cut_seconds, performed: of both sets, as for `measured_set`. NC and others depend on a piece's length: cut.
+        cut_s, performed: of both sets, as for `measured_set`. NC and others depend on a piece's length: cut.
         half_samples: as for `set_overlap`, and splits of `human_overlap`.
 
     Raises:
         FileNotFoundError, ValueError: too few pieces, a system that is none, an option outside its range.
         MissingExtraError: `plots` without matplotlib.
     """
-    from . import report  # with torch and, for plots, matplotlib
-
     if plots:
-        report.plotting()
+        plotting()  # before hours of work: matplotlib may be missing
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}.")
     for name, value, least in (("half_samples", half_samples, 2), ("references", references, 4), ("num", num, 2)):
@@ -299,15 +297,15 @@ def evaluate_sets(
     found = find_systems(systems, (HUMAN, HALVES))
     if not found:
         raise ValueError("systems: name a checkpoint or a folder of MIDI files.")
-    length = {"bars": bars, "seconds": seconds, "max_tokens": max_tokens}
+    length = {"bars": bars, "music_s": music_s, "max_tokens": max_tokens}
     sampling = {"temperature": temperature, "top_p": top_p}
     settings = {}
     for system in found:
         if system.family is not None:
-            own = {"bars": bars} if system.family == "sage_music" else {"seconds": seconds, "max_tokens": max_tokens}
+            own = {"bars": bars} if system.family == "sage_music" else {"music_s": music_s, "max_tokens": max_tokens}
             settings[system.label] = {"weights": system.fingerprint, **own, **sampling}
             _keep(system.home(out), seed, settings[system.label])
-    options = {"mode": mode, "cut_seconds": cut_seconds, "performed": performed, "workers": workers}
+    options = {"mode": mode, "cut_s": cut_s, "performed": performed, "workers": workers}
     pieces = {HUMAN: measured_set(files, **options, label=HUMAN)}
     for system in found:
         failures = []
@@ -342,7 +340,7 @@ def evaluate_sets(
             "mode": mode,
             **length,
             **sampling,
-            "cut_seconds": cut_seconds,
+            "cut_s": cut_s,
             "performed": performed,
             "half_samples": half_samples,
         },
@@ -402,11 +400,11 @@ def _remarks(usable: Mapping[str, list[dict]], overlap: Mapping[str, dict], mode
         rule = "as many of each as the smaller has are drawn" if mode == "mgeval" else "all pieces are used"
         remarks.append(f"the sets are unequal ({shown}): {rule}; KLD and OA depend a little on their sizes.")
     lengths = {
-        label: float(np.median([piece["figures"]["seconds"] for piece in pieces])) for label, pieces in usable.items()
+        label: float(np.median([piece["figures"]["music_s"] for piece in pieces])) for label, pieces in usable.items()
     }
     if max(lengths.values()) > 1.25 * min(lengths.values()):
         shown = ", ".join(f"{label} {seconds:.0f} s" for label, seconds in lengths.items())
-        remarks.append(f"the pieces differ in length (medians: {shown}) and features with it: cut_seconds evens them.")
+        remarks.append(f"the pieces differ in length (medians: {shown}) and features with it: cut_s evens them.")
     for system in found:
         constant = [name for name in FEATURES if overlap[system.label][name]["constant"]]
         if constant:

@@ -130,14 +130,14 @@ class CheckpointWriter:
 
     Attributes:
         bars, prompt_bars: bars to write, and to keep of the piece.
-        seconds, max_tokens: length of a PerceiverS' pieces from nothing.
+        music_s, max_tokens: length of a PerceiverS' pieces from nothing.
         temperature, top_p: None: the checkpoint's own.
     """
 
     checkpoint: str
     bars: int = BARS
     prompt_bars: int = PROMPT_BARS
-    seconds: float | None = MUSIC_S
+    music_s: float | None = MUSIC_S
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -151,7 +151,7 @@ class CheckpointWriter:
             from sage_studio.generation.seconds import continue_performance, generate_performance
 
             if path is None:
-                options |= {"seconds": self.seconds, "max_tokens": self.max_tokens}
+                options |= {"seconds": self.music_s, "max_tokens": self.max_tokens}
                 return generate_performance(model, tokenizer, **options)
             total = self.prompt_bars + self.bars
             start, end = bar_times(read_quietly(path), total + 1)[[self.prompt_bars, total]].tolist()

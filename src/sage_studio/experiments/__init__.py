@@ -12,6 +12,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from sage_studio.errors import MissingExtraError
+from sage_studio.reports import plotting
+
 from . import as_kvhs, bpe, multi_scale, pooling, segmentation
 
 STUDIES = {module.STUDY.name: module.STUDY for module in (as_kvhs, bpe, pooling, segmentation, multi_scale)}
@@ -38,9 +41,6 @@ def run_command(args: argparse.Namespace) -> dict:
         MissingExtraError: accelerate or matplotlib is not installed; nothing has been done then.
         ValueError, OSError, StudyError: as `sage_studio.experiments.runner.run`.
     """
-    from sage_studio.bench.tables import plotting
-    from sage_studio.errors import MissingExtraError
-
     # Before an hour of training, and before the runner, whose imports need `Trainer`.
     if importlib.util.find_spec("accelerate") is None:
         raise MissingExtraError("studies train models, with accelerate: pip install 'sage-music[train,plot]'.")

@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from sage_music import SageMusicTokenizer
 from sage_studio.defaults import BARS, PROMPT_BARS, TEMPERATURE, TOP_P
-from sage_studio.generation.bars import Piece, Plan, plan_continuation
-from sage_studio.generation.sampling import seeded
+from sage_studio.generation.bars import BarsPlan, plan_continuation
+from sage_studio.generation.result import Piece
 
 from .compound import (
     BAR,
@@ -169,15 +169,14 @@ class CompoundWriter:
 
 
 @dataclass
-class CompoundPlan(Plan):
-    """A `Plan` of a continuation that a compound model writes: one forward pass and one row of its cache per note."""
+class CompoundPlan(BarsPlan):
+    """A plan of a continuation that a compound model writes: one forward pass and one row of its cache per note."""
 
     def _generate(self, streamer, remarks: list[str]) -> tuple[list[int], int]:
         if streamer is not None or self.generate_options:
             raise ValueError("a compound model writes to no streamer and takes no generate_options.")
         tokens, context = CompoundTokens(self.tokenizer), self.model.config.max_position_embeddings
-        with seeded(self.seed):
-            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))  # seeded by `write`
         writer = CompoundWriter(
             tokens,
             rng,
@@ -186,18 +185,18 @@ class CompoundPlan(Plan):
             TOP_P if self.top_p is None else self.top_p,
         )
         # The bare bar line at the end of a plan's ids is part of the compound to come.
-        ids, bars, notes = list(self.ids[:-1]), self.prompt_bars, 0
+        ids, bars, notes = list(self.ids[:-1]), 0, 0
         for compound in tokens.compounds(ids):
             writer.follow(compound)
         writer.bar_over = True
         while True:
             heard = self._heard(ids)
             if heard is None:
-                if bars == self.prompt_bars:
+                if bars == 0:
                     raise ValueError(f"a single bar holds more than the context of {context} tokens.")
-                remarks.append(f"stopped at bar {bars}: it grew longer than the context")
+                remarks.append(f"stopped at bar {self.prompt_bars + bars}: it grew longer than the context")
                 return ids, bars
-            if bars == self.prompt_bars and len(heard) < len(ids):
+            if bars == 0 and len(heard) < len(ids):
                 remarks.append("the prompt is longer than the context: the model hears its last bars")
             cache, room = DynamicCache(config=self.model.config), context - len(heard)
             compounds = tokens.compounds(heard)
@@ -205,8 +204,8 @@ class CompoundPlan(Plan):
                 compound = writer.draw(self._logits(compounds, cache))
                 if compound[STRUCTURE] in (BAR, EMPTY_BAR):
                     if self.progress is not None:
-                        self.progress(bars - self.prompt_bars, notes)
-                    if bars == self.prompt_bars + self.bars:
+                        self.progress(bars, notes)
+                    if bars == self.bars:
                         return ids, bars
                     bars += 1
                 writer.follow(compound)
@@ -249,7 +248,7 @@ def continue_score_compound(
     errors, and the same defaults of temperature and top-p, here of each field.
     """
     plan = plan_continuation(model, tokenizer, prompt, prompt_bars, bars, seed=seed, **options)
-    return CompoundPlan(**{field.name: getattr(plan, field.name) for field in fields(Plan) if field.init}).write()
+    return CompoundPlan(**{field.name: getattr(plan, field.name) for field in fields(BarsPlan) if field.init}).write()
 
 
 __all__ = ["CompoundPlan", "CompoundWriter", "continue_score_compound"]

@@ -22,11 +22,12 @@ from sage_studio.bench.decoding import cache_bytes, stock_llama, token_seconds
 from sage_studio.defaults import MAX_NOTE_S, PROMPT_BARS
 from sage_studio.evaluate.continuation import PARTS, continuation_scores
 from sage_studio.evaluate.likelihood import WINDOW, PieceLikelihood
-from sage_studio.evaluate.pieces import by_key, seed_of, shuffled, unusable
+from sage_studio.evaluate.pieces import by_key, shuffled, unusable
 from sage_studio.evaluate.sets import human_overlap, measured_set, set_overlap
 from sage_studio.evaluate.systems import CheckpointWriter, loaded
-from sage_studio.files import write_atomic
-from sage_studio.generation.sampling import Generated, sampling_options, seeded
+from sage_studio.files import Journal, seed_of
+from sage_studio.generation.result import Piece
+from sage_studio.generation.sampling import sampling_options, seeded
 from sage_studio.metrics import repeated_notes_by_segment
 from sage_studio.music.midi import read_notes, write_midi
 
@@ -43,13 +44,24 @@ WITHIN_S = 30.0  # what came back sooner is a loop; what came back later may be 
 
 def measured(run: Run, name: str, data: Path, options: dict) -> dict:
     """`MEASURES[name]` of a run, from its folder where it is there with the same options."""
-    path = run.folder / f"{name}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["options"] == options:
-            return kept["result"]
-    result = MEASURES[name](run, data, **options)
-    write_atomic(path, (json.dumps({"options": options, "result": result}) + "\n").encode())
+    journal = Journal(run.folder, lines="measures.jsonl")
+    return kept(journal, {"name": name, "options": options}, lambda: MEASURES[name](run, data, **options))
+
+
+def compared(name: str, runs: dict[str, Run], data: Path, options: dict, folder: Path) -> dict[str, dict]:
+    """`SPEEDS[name]` of a study's arms, from `folder` where it is there; compared in one process, so kept for all."""
+    settings = {"name": name, "options": options, "runs": {arm: run.folder.name for arm, run in runs.items()}}
+    return kept(Journal(folder, lines="speeds.jsonl"), settings, lambda: SPEEDS[name](runs, data, **options))
+
+
+def kept(journal: Journal, settings: dict, measure: Callable[[], dict]) -> dict:
+    """The journal's result for these settings, or what `measure` returns, kept from now on."""
+    settings = json.loads(json.dumps(settings))
+    for record in journal.records():
+        if record.get("settings") == settings:
+            return record["result"]
+    result = measure()
+    journal.add({"settings": settings, "result": result})
     return result
 
 
@@ -97,7 +109,7 @@ def continuation(run: Run, data: Path, prompts: int, bars: int, prompt_bars: int
     files, _ = _prompts(data, run.corpus, prompts, bars, prompt_bars)
     music = run.folder / "music" / f"{prompt_bars}-{bars}"
     records = continuation_scores(_writer(run, prompt_bars, bars), files, prompt_bars, bars, 0, music)
-    keep = ("piece", "failed", *PARTS, "new_notes", "seconds")
+    keep = ("piece", "failed", *PARTS, "new_notes", "elapsed_s")
     return {"pieces": [{name: record[name] for name in keep} for record in records]}
 
 
@@ -126,7 +138,7 @@ def skipped_prompts(data: Path, corpus: str, options: dict) -> dict[str, str]:
     return _prompts(data, corpus, options["prompts"], options["bars"], options.get("prompt_bars", PROMPT_BARS))[1]
 
 
-def _writer(run: Run, prompt_bars: int, bars: int) -> Callable[[str, int], Generated]:
+def _writer(run: Run, prompt_bars: int, bars: int) -> Callable[[str, int], Piece]:
     """What continues a file with a seed."""
     if run.trainer != COMPOUND:
         return CheckpointWriter(str(run.checkpoint), bars=bars, prompt_bars=prompt_bars)
@@ -215,7 +227,7 @@ def decoding(runs: dict[str, Run], data: Path, context: int, tokens: int, rounds
 
     An arm without routing is a stock `LlamaForCausalLM` of its shape with random weights, as in `sage-music bench`.
 
-    Returns, by arm: `seconds` a token (the median of `rounds` medians), `cache_bytes` a token.
+    Returns, by arm: `token_s`, seconds a token (the median of `rounds` medians), `cache_bytes` a token.
     """
     ids = _long_piece(data, next(iter(runs.values())), context)
     models = {}
@@ -234,7 +246,7 @@ def decoding(runs: dict[str, Run], data: Path, context: int, tokens: int, rounds
     for name, model in models.items():
         output = model.generate(ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         held = cache_bytes(getattr(output, CACHE_NAME))
-        found[name] = {"seconds": float(np.median(times[name][1:])), "cache_bytes": held}
+        found[name] = {"token_s": float(np.median(times[name][1:])), "cache_bytes": held}
     return found
 
 
@@ -256,7 +268,7 @@ def writing(
         for name, run in runs.items():
             files, _ = _prompts(data, run.corpus, prompts, bars, prompt_bars)
             pieces = [_writer(run, prompt_bars, bars)(path, seed_of(turn, key)) for key, path in files.items()]
-            rates[name].append(sum(p.notes for p in pieces) / sum(p.seconds for p in pieces))
+            rates[name].append(sum(p.notes for p in pieces) / sum(p.elapsed_s for p in pieces))
     return {name: {"notes_per_second": float(np.median(values[1:]))} for name, values in rates.items()}
 
 
@@ -266,6 +278,7 @@ SPEEDS = {"decoding": decoding, "writing": writing}
 __all__ = [
     "MEASURES",
     "SPEEDS",
+    "compared",
     "continuation",
     "decoding",
     "likelihood",

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sage_studio.bench.decoding import machine_line, markdown
 from sage_studio.evaluate.likelihood import linearised
-from sage_studio.evaluate.report import GREY, PALETTE, figure, plain, png
 from sage_studio.files import write_atomic
 from sage_studio.metrics.sets import FEATURES
+from sage_studio.reports import GREY, PALETTE, figure, machine_line, markdown, plain, png
 
 from .study import Study
 
@@ -46,7 +45,7 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
         runs = [run for run in result["runs"] if run["arm"] == name]
         row: dict = {
             "parameters": runs[0]["parameters"],
-            "train_hours": sum(run["train_seconds"] for run in runs) / 3600,
+            "train_hours": sum(run["train_elapsed_s"] for run in runs) / 3600,
         }
         base = study.baseline_of(name)
         paired, other = _tables(result, name, base), _tables(result, base, name)
@@ -67,7 +66,7 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
         row["failed"] = sum(map(_failures, runs))
         if "decoding" in result:
             own, full = (result["decoding"][arm] for arm in (name, base))
-            row["speed"] = full["seconds"] / own["seconds"]
+            row["speed"] = full["token_s"] / own["token_s"]
             row["cache"] = own["cache_bytes"]["used"] / full["cache_bytes"]["used"]
         if "writing" in result:
             own, full = (result["writing"][arm]["notes_per_second"] for arm in (name, base))
@@ -151,7 +150,7 @@ def write_report(study: Study, result: dict, folder: Path) -> list[Path]:
 
 def _without_pieces(run: dict) -> dict:
     """A run as the results file keeps it: numbers of pieces stay in the run's own folder."""
-    kept = {name: run[name] for name in ("arm", "seed", "parameters", "train_seconds")}
+    kept = {name: run[name] for name in ("arm", "seed", "parameters", "train_elapsed_s")}
     if "sets" in run:
         kept["features"] = run["sets"]["features"]
         kept["repeated"] = np.mean(run["sets"]["repeated"], axis=0).round(4).tolist()

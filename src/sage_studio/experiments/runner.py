@@ -12,11 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sage_studio.bench.decoding import machine
 from sage_studio.evaluate.pieces import each
-from sage_studio.files import write_atomic
+from sage_studio.reports import machine
 
-from .measures import MEASURES, SPEEDS, measured, skipped_prompts
+from .measures import MEASURES, SPEEDS, compared, measured, skipped_prompts
 from .report import write_report
 from .study import Run, Study, runs_of
 from .training import prepare, train
@@ -73,7 +72,7 @@ def run(
     first = {run.arm: run for run in chosen if run.seed == 0}
     for name in [name for name in sizes if name in SPEEDS]:
         say(f"speed of {name}")
-        result[name] = _kept_speed(study, scale, name, first, data, sizes[name], runs)
+        result[name] = compared(name, first, data, sizes[name], runs)
     if results is not None:
         result["files"] = [str(path) for path in write_report(study, result, Path(results))]
     return result
@@ -83,7 +82,7 @@ def _train_and_measure(run: Run, *, data: Path, cache: Path, measures: dict[str,
     train(run, data, cache)
     report = json.loads((run.folder / "report.json").read_text(encoding="utf-8"))
     found = {name: measured(run, name, data, options) for name, options in measures.items()}
-    return {"parameters": report["parameters"], "train_seconds": report["train_seconds"], **found}
+    return {"parameters": report["parameters"], "train_elapsed_s": report["train_elapsed_s"], **found}
 
 
 def _skipped(chosen: list[Run], records: dict[str, dict], data: Path, sizes: dict[str, dict]) -> dict[str, dict]:
@@ -95,19 +94,6 @@ def _skipped(chosen: list[Run], records: dict[str, dict], data: Path, sizes: dic
     for run in chosen:
         found[run.corpus] |= records[str(run.folder)].get("sets", {}).get("skipped", {})
     return {corpus: skipped for corpus, skipped in found.items() if skipped}
-
-
-def _kept_speed(study: Study, scale: str, name: str, first: dict[str, Run], data, options: dict, runs: Path) -> dict:
-    """Speeds are compared in one process, so they are kept for the whole study."""
-    path = runs / f"{study.name}-{scale}-{name}.json"
-    settings = {"options": options, "runs": {arm: run.folder.name for arm, run in first.items()}}
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] == settings:
-            return kept["result"]
-    result = SPEEDS[name](first, data, **options)
-    write_atomic(path, (json.dumps({"settings": settings, "result": result}) + "\n").encode())
-    return result
 
 
 __all__ = ["run"]

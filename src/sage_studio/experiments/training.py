@@ -6,14 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sage_music import SageMusicTokenizer
-from sage_studio.corpus import encode_files
-from sage_studio.files import split_files
+from sage_studio.corpus import TokenStore, encode_corpus
+from sage_studio.corpus.prepared import collect
+from sage_studio.files import SPLITS
 
 from .study import CORPORA, Run, StudyError
 
@@ -52,17 +53,19 @@ BPE_FILES = 400
 
 
 def corpus_files(data: Path, corpus: str) -> dict[str, list[Path]]:
-    """Files of a corpus by split.
+    """Files of a corpus by split, as training finds them.
 
     Raises:
         FileNotFoundError: `data` has no such corpus, naming the folder.
+        ValueError: metadata.csv cannot be read, or leaves no file.
     """
     folder, licences = CORPORA[corpus]
     if not (data / folder).is_dir():
         raise FileNotFoundError(f"{data / folder}: no such folder; studies read {data}/NAME/train, validation, test.")
-    metadata = data / "metadata.csv"
-    filtered = metadata.is_file() and licences is not None
-    return split_files([str(data / folder)], str(metadata) if filtered else None, licences)
+    filtered = (data / "metadata.csv").is_file() and licences is not None
+    files = collect([data / folder], data / "metadata.csv" if filtered else None, licences if filtered else None)
+    found = list(zip(files.paths, files.facts, strict=True))
+    return {name: [path for path, fact in found if fact.split == name] for name in SPLITS}
 
 
 def train(run: Run, data: Path, cache: Path) -> None:
@@ -120,18 +123,19 @@ def learn_bpe(run: Run, data: Path, cache: Path) -> None:
     tokenizer = SageMusicTokenizer()
     files = corpus_files(data, run.corpus)["train"]
     chosen = np.random.default_rng(0).permutation(len(files))[:BPE_FILES]
-    pieces = encode_files([files[index] for index in sorted(chosen)], tokenizer, cache)
+    keys, _ = encode_corpus([files[index] for index in sorted(chosen)], tokenizer, cache)
+    rows = TokenStore(cache, tokenizer).dataset([key for key in keys if key is not None]).with_format("numpy")
     bar = tokenizer.convert_tokens_to_ids("Bar_None")
-    tokenizer.miditok.train(vocab_size=run.options["bpe"], iterator=list(_bars(pieces, bar, tokenizer.miditok)))
+    tokenizer.miditok.train(vocab_size=run.options["bpe"], iterator=list(_bars(rows, bar, tokenizer.miditok)))
     tokenizer.miditok.save(cache / f"{folder.name}.json")
     grown = SageMusicTokenizer(vocab_file=str(cache / f"{folder.name}.json"))
     grown.save_pretrained(f"{folder}.part")
     os.replace(f"{folder}.part", folder)
 
 
-def _bars(pieces: list[np.ndarray], bar: int, miditok) -> Iterator[list[str]]:
-    for ids in pieces:
-        body = ids[1:-1]  # no BOS, no EOS: they are never merged
+def _bars(rows: Iterable[dict], bar: int, miditok) -> Iterator[list[str]]:
+    for row in rows:
+        body = row["input_ids"][1:-1]  # no BOS, no EOS: they are never merged
         bars = np.split(body, np.flatnonzero(body == bar)[1:])
         yield miditok._ids_to_bytes([part.tolist() for part in bars], as_one_str=True)
 

@@ -23,7 +23,6 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +33,14 @@ from sage_studio.checkpoints import load
 from sage_studio.defaults import BARS, LENGTHS, MUSIC_S, PROMPT_BARS, PROMPT_S
 from sage_studio.errors import MissingExtraError
 from sage_studio.families import family_of
-from sage_studio.files import midi_files, write_atomic
+from sage_studio.files import Journal, midi_files, seed_of, write_atomic
 from sage_studio.music.midi import score_from_notes
 from sage_studio.music.notes import NOTE_DTYPE
 
+from .options import positive_int
+from .sampling import device_of
+
 POLL_S = 0.2  # how often the first process looks for what the others have done
-
-
-def prompt_seed(seed: int, name: str) -> int:
-    """The seed of the prompt at the relative path `name`, 0 to 2^32 - 1."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:4], "big")
 
 
 # What a config says of where a model is and what loaded it, and nothing of its music.
@@ -71,62 +67,25 @@ def fingerprint(model, tokenizer) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Output:
-    """The output folder of a run and of those that went on with it."""
+class Output(Journal):
+    """The output folder of a run and of those that went on with it: a journal, and the music it tells of.
 
-    folder: Path
+    Raises:
+        ValueError: as `Journal`; or the folder holds something else.
+    """
 
-    def claim(self, options: dict) -> None:
-        """Note the run's options, or find that they are the folder's.
-
-        Raises:
-            ValueError: it is the folder of a run with other options, or holds something else, or what its options.json
-                says cannot be read.
-        """
-        target = self.folder / "options.json"
+    def __init__(self, folder: Path, options: dict, rank: int):
         # Asked in this order: another process of the same run writes the options first.
-        if any(not path.name.startswith(".") for path in self.folder.glob("*")) and not target.exists():
-            raise ValueError(f"{self.folder}: not empty, and not the output of such a run. Choose another --output.")
-        earlier = None
-        if not target.exists():
-            write_atomic(target, json.dumps(options, indent=1).encode())
-        with suppress(ValueError):
-            earlier = json.loads(target.read_bytes())
-        if not isinstance(earlier, dict):
-            raise ValueError(f"{target}: does not hold the options of such a run. Choose another --output.")
-        for name in options.keys() | earlier.keys():
-            if options.get(name) != earlier.get(name):
-                raise ValueError(
-                    f"{self.folder}: the output of a run with {name} {earlier.get(name)}, not {options.get(name)}. "
-                    "Choose another --output, or the same options to go on with it."
-                )
+        if any(not path.name.startswith(".") for path in folder.glob("*")) and not (folder / "options.json").exists():
+            raise ValueError(f"{folder}: not empty, and not the output of such a run. Choose another --output.")
+        super().__init__(folder, options, f"journal/{rank}.jsonl", named="options.json")
 
     def music(self, name: str) -> Path:
         return self.folder / "music" / name
 
-    def note(self, rank: int, record: dict) -> None:
-        """Append a line to the process' journal; a line that a killed run began is left as it is."""
-        path = self.folder / "journal" / f"{rank}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
-
     def noted(self) -> dict[tuple[str, str | None], dict]:
-        """The records of all journals by path and digest of the prompt: one that has changed since is another."""
-        records = {}
-        for path in sorted((self.folder / "journal").glob("*.jsonl")):
-            for line in path.read_bytes().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # cut off by a kill: the prompt is done once more
-                    continue
-                records[record["path"], record["sha256"]] = record
-        return records
+        """The records of all processes by path and digest of the prompt: one that has changed since is another."""
+        return {(record["path"], record["sha256"]): record for record in self.records()}
 
     def is_done(self, record: dict | None) -> bool:
         """Whether a prompt needs no more work: refused, or its music lies there as it was written."""
@@ -228,14 +187,14 @@ def continue_folder(
         raise ValueError(f"rank {rank} of {ranks} processes: ranks are numbered from 0. Check RANK and WORLD_SIZE.")
     options = {name: value for name, value in LENGTHS.items() if name in family_of(model).options} | options
     _check(model, tokenizer, options)
-    prompts, output = Path(prompts), Output(Path(output))
-    if output.folder.resolve().is_relative_to(prompts.resolve()):
-        raise ValueError(f"{output.folder}: lies in the folder of the prompts, which its music would join.")
-    if prompts.resolve().is_relative_to(output.folder.resolve()):
+    prompts, folder = Path(prompts), Path(output)
+    if folder.resolve().is_relative_to(prompts.resolve()):
+        raise ValueError(f"{folder}: lies in the folder of the prompts, which its music would join.")
+    if prompts.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{prompts}: lies in the output folder, and the music would overwrite it. Copy it elsewhere.")
     files = {path.relative_to(prompts).as_posix(): path for path in midi_files(prompts)}
     facts = {"weights": fingerprint(model, tokenizer), "seed": seed, "batch_size": batch_size, **options}
-    output.claim({**facts, "device": model.device.type, "threads": torch.get_num_threads()})
+    output = Output(folder, {**facts, "device": model.device.type, "threads": torch.get_num_threads()}, rank)
 
     earlier, digests, names = output.noted(), {}, list(files)
     batches = [names[begin : begin + batch_size] for begin in range(rank * batch_size, len(names), ranks * batch_size)]
@@ -246,7 +205,7 @@ def continue_folder(
         if not left:
             continue
         # What is done already is written with the others: a batch is the same whoever was killed in it.
-        seeds = [prompt_seed(seed, name) for name in batch]
+        seeds = [seed_of(seed, name) for name in batch]
         written = continue_prompts(model, tokenizer, [data for data, _ in prompts_of], seeds, options)
         for name, own_seed, (midi, found) in zip(batch, seeds, written, strict=True):
             if name not in left:
@@ -255,7 +214,7 @@ def continue_folder(
             if midi is not None:
                 write_atomic(output.music(name), midi)
                 record |= {"output": f"music/{name}", "output_sha256": digest_of(midi)}
-            output.note(rank, record | found)
+            output.add(record | found)
     if rank > 0:
         return None
     records = wait_for_all(output, files, digests, earlier, others=ranks > 1)
@@ -328,13 +287,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def program(text: str) -> int:
     return -1 if text.lower() == "drums" else int(text)
 
@@ -352,27 +304,14 @@ def environment_number(name: str, default: int) -> int:
         raise ValueError(f"{name}={text!r} in the environment is not a number; torchrun sets it.") from None
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of that name; of `None` this process' own GPU, or the CPU where there are none.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name is None:
-        local = environment_number("LOCAL_RANK", 0)
-        name = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def run(args: argparse.Namespace, rank: int, ranks: int) -> list[dict] | None:
     """What the command does, in one process."""
     torch.set_num_threads(args.threads)
     midi_files(args.prompts)  # before the model loads: a wrong folder should not have to wait
     model, tokenizer = load(args.model)
-    device = device_of(args.device)
+    local = environment_number("LOCAL_RANK", 0)
+    own = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = device_of(own if args.device is None else args.device)
     options = family_of(model).given(args)
     options |= {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     return continue_folder(

@@ -67,6 +67,18 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name}: {str(error).splitlines()[0]}") from error
+
+
 class Deadline(StoppingCriteria):
     """Ends a generation within one token after `seconds` of wall time, counted from when this was made.
 

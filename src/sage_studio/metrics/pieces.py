@@ -140,15 +140,15 @@ def repeated_notes_by_segment(
 
 
 def describe_piece(notes: np.ndarray, grid: np.ndarray) -> dict[str, float]:
-    """All numbers of this module with their default options, the number of notes, and the seconds they span.
+    """All numbers of this module with their default options, the number of notes, and how long they last.
 
-    Keys: `notes` (drums too), `seconds` (first onset to last end), `valid_notes`, `pitch_class_entropy`,
+    Keys: `notes` (drums too), `music_s` (first onset to last end), `valid_notes`, `pitch_class_entropy`,
     `scale_consistency`, `groove_consistency` (on `grid`), `repeated_ngrams`, `repeated_notes_per_second`.
     Raises as `groove_consistency`.
     """
     return {
         "notes": float(len(notes)),
-        "seconds": _span(notes)[1],
+        "music_s": _span(notes)[1],
         "valid_notes": valid_notes(notes),
         "pitch_class_entropy": pitch_class_entropy(notes),
         "scale_consistency": scale_consistency(notes),

@@ -22,7 +22,7 @@ from .callbacks import OriginCallback, SampleCallback, keep_origin, tell_origin
 from .checks import check_arguments, check_output, check_ranks
 from .nats import sum_of_nats
 from .parts import PARTS, EndlessStream, Parts, WholeBatches, model_type_of
-from .resuming import check_run, is_finished, last_complete, state_of, times_no_better
+from .resuming import check_run, is_finished, last_complete, state_of, step_of, times_no_better
 
 # What makes a run what it is: with another one of these, a checkpoint must not be gone on from.
 IDENTITY = ("tokenizer", "draft_tokens", "lora_rank", "lora_alpha", "lora_dropout", "block_size", "segmentation")
@@ -229,7 +229,7 @@ def _trained(trainer: Trainer, watch: WatchArguments) -> dict:
             print(f"note: going on from {chosen}", file=sys.stderr)
         result = trainer.train(resume_from_checkpoint=chosen)
     return {
-        "train_seconds": round(result.metrics["train_runtime"], 1),
+        "train_elapsed_s": round(result.metrics["train_runtime"], 1),
         "samples_per_second": result.metrics["train_samples_per_second"],
         "train_tokens": trainer.state.num_input_tokens_seen,
         "train_loss": result.metrics["train_loss"],
@@ -240,7 +240,7 @@ def _finish(trainer: Trainer, tokenizer, network, adapted, drafts: bool) -> dict
     """Save the trained model in `best/`, ready for use, and evaluate it; what the report says of it.
 
     Adapters are kept beside it, and merged into it. An evaluation in bfloat16 changes the weights, so they are saved
-    first; merging leaves nothing to evaluate, so it comes last.
+    first; merging leaves nothing to evaluate, so it comes last. What was evaluated on the way is not evaluated again.
     """
     folder, steps = Path(trainer.args.output_dir), trainer.state.global_step
     best, first = folder / "best", trainer.is_world_process_zero()
@@ -252,7 +252,7 @@ def _finish(trainer: Trainer, tokenizer, network, adapted, drafts: bool) -> dict
     elif first:
         adapted.save_pretrained(folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
-    found = trainer.evaluate()
+    found = _known_evaluation(trainer) or trainer.evaluate()
     if first:
         if adapted is not network:
             adapted.merge_and_unload().save_pretrained(best)
@@ -266,6 +266,25 @@ def _finish(trainer: Trainer, tokenizer, network, adapted, drafts: bool) -> dict
     if before and not drafts:
         found["nats_per_note_before"] = before[0]["eval_nats_per_note"]
     return {**found, "steps": steps}
+
+
+def _known_evaluation(trainer: Trainer) -> dict | None:
+    """What an evaluation on the way said of the weights that the model has at the end; None where there was none.
+
+    None too where evaluation on the way is not done as at the end, in half precision.
+    """
+    args, state = trainer.args, trainer.state
+    if args.bf16_full_eval or args.fp16_full_eval:
+        return None
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    step = step_of(Path(best)) if best else state.global_step
+    rows = [row for row in state.log_history if row["step"] == step and "eval_nats_per_note" in row]
+    if not rows:
+        return None
+    found = {name: value for name, value in rows[-1].items() if name != "step"}
+    # Of the whole run, as the report's other numbers.
+    end = {"epoch": state.epoch, "num_input_tokens_seen": state.num_input_tokens_seen}
+    return {name: end.get(name, value) for name, value in found.items()}
 
 
 def _say(report: dict, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from sage_studio.checkpoints.loading import BUNDLED
-from sage_studio.files import write_atomic
+from sage_studio.files import changes, write_atomic
 
 RUN_FILE = "run.json"
 
@@ -50,7 +50,7 @@ def _is_whole(path: Path) -> bool:
 
 def last_complete(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest complete checkpoint of a run folder (None: none), and newer ones that are broken."""
-    found = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     broken = []
     for checkpoint in found:
         if complete(checkpoint):
@@ -59,7 +59,8 @@ def last_complete(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, broken
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder, by its name; -1 where it says none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
@@ -77,13 +78,11 @@ def check_run(folder: Path, description: dict, resumes: bool) -> None:
     description = json.loads(json.dumps(description))
     if resumes and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in description if kept.get(name) != description[name]]
+        changed = changes({name: kept.get(name) for name in description}, description)
         if changed:
-            first = changed[0]
             raise ValueError(
-                f"{folder} holds a run with other options ({', '.join(changed)}: {first} was {kept.get(first)!r}, now "
-                f"{description[first]!r}). Call it with the same options to go on, or give another --output; to begin "
-                f"from its weights: --model {folder}/best."
+                f"{folder} holds a run with other options: {changed}. Call it with the same options to go on, or give "
+                f"another --output; to begin from its weights: --model {folder}/best."
             )
     model = description.get("model")
     if model and model not in BUNDLED and os.path.isdir(model):
@@ -116,4 +115,4 @@ def is_finished(state: dict, args: TrainingArguments, patience: int | None) -> b
     return state["epoch"] >= args.num_train_epochs - 1e-6
 
 
-__all__ = ["check_run", "complete", "is_finished", "last_complete", "state_of", "times_no_better"]
+__all__ = ["check_run", "complete", "is_finished", "last_complete", "state_of", "step_of", "times_no_better"]

@@ -474,11 +474,12 @@ def test_wrong_arguments_end_with_two_and_say_what(checkpoint, capsys, wrong, sa
     assert said in error and error.count("\n") == 1
 
 
-def test_cuda_where_there_is_none_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_device_that_is_not_there_or_not_measured_right_is_refused(tokenizer):
+    wrong = ["meta"] if torch.cuda.is_available() else ["meta", "cuda"]
     for measure in (bench.compare, bench.compare_training):
-        with pytest.raises(ValueError, match="no CUDA device"):
-            measure(tiny_model(tokenizer), tokenizer, [32], device="cuda")
+        for device in wrong:
+            with pytest.raises(ValueError, match=f"device '?{device}"):
+                measure(tiny_model(tokenizer), tokenizer, [32], device=device)
 
 
 def test_a_missing_matplotlib_is_said_before_anything_is_measured(checkpoint, capsys, monkeypatch):

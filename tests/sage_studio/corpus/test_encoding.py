@@ -9,7 +9,7 @@ from conftest import DATA, band, needs_data
 
 from perceivers import PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
-from sage_studio.corpus import encode_file, encode_files, tokenizer_key
+from sage_studio.corpus import encode_file, tokenizer_key
 from sage_studio.files import midi_files
 
 
@@ -103,33 +103,3 @@ def test_keys_are_those_of_what_makes_the_ids(tokenizer, bpe_tokenizer, tmp_path
         assert tokenizer_key(loaded) == keys[name], name
         loaded.save_pretrained(tmp_path / "again")
         assert tokenizer_key(type(each).from_pretrained(tmp_path / "again")) == keys[name], name
-
-
-def test_unreadable_files_are_left_out_and_said(tokenizer, tmp_path):
-    band(bars=1).dump_midi(tmp_path / "good.mid")
-    (tmp_path / "bad.MID").write_bytes(b"no")
-    files = midi_files(tmp_path)
-    assert [f.name for f in files] == ["bad.MID", "good.mid"]
-    with pytest.warns(UserWarning, match=r"bad\.MID"):
-        assert len(encode_files(files, tokenizer)) == 1
-
-
-def test_kept_tokens_are_those_of_the_files_and_the_tokenizer(tokenizer, tmp_path):
-    files = [tmp_path / f"{seed}.mid" for seed in range(3)]
-    for seed, path in enumerate(files):
-        band(bars=1 + seed, seed=seed).dump_midi(path)
-    fresh = encode_files(files, tokenizer)
-    first, again = (encode_files(files, tokenizer, tmp_path / "cache") for _ in range(2))
-    for pieces in (first, again):
-        assert [piece.tolist() for piece in pieces] == [piece.tolist() for piece in fresh]
-    (kept,) = (tmp_path / "cache").iterdir()
-    written = kept.stat().st_mtime_ns
-    encode_files(files, tokenizer, tmp_path / "cache")
-    assert kept.stat().st_mtime_ns == written
-    band(bars=1, seed=9).dump_midi(files[0])  # other contents, another entry
-    assert encode_files(files, tokenizer, tmp_path / "cache")[0].tolist() != fresh[0].tolist()
-    on_change = SageMusicTokenizer()
-    for _ in range(2):
-        kept = encode_files(files[1:], on_change, tmp_path / "cache")
-        assert kept[0].tolist() == encode_files(files[1:], on_change)[0].tolist()
-    assert len(list((tmp_path / "cache").iterdir())) == 3

@@ -86,7 +86,7 @@ def test_counts_are_those_of_the_rows(corpus):
             assert report["splits"][name][column] == sum(split[column])
         assert len(set(split["group"])) == report["splits"][name]["groups"]
     assert report["notes"] == 30 * 4 * 17
-    assert report["files_per_second"] == pytest.approx(32 / report["seconds"], rel=0.1)
+    assert report["files_per_second"] == pytest.approx(32 / report["elapsed_s"], rel=0.1)
     row = corpus.splits["train"].with_format("numpy")[0]
     assert isinstance(row["input_ids"], np.ndarray)
 

@@ -70,7 +70,7 @@ def row(result: dict, system: str) -> dict:
 
 
 def without_time(records: list[dict]) -> list[dict]:
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [{name: value for name, value in record.items() if name != "elapsed_s"} for record in records]
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
@@ -159,7 +159,7 @@ def test_folders_count_their_own_bars_or_seconds(pieces, tmp_path):
             return score.shift_time(-2 * 1920)
 
         records = continuation_scores(write, files, 2, 2, **options)
-        assert all(record["failed"] is None and record["seconds"] >= 0 for record in records)
+        assert all(record["failed"] is None and record["elapsed_s"] >= 0 for record in records)
         scores[name] = [record["nmsi"] for record in records]
     assert scores["slow"] == scores["alone"] == [100.0] * 3
     assert scores["alone, performed"] == pytest.approx([100.0] * 3)
@@ -366,9 +366,9 @@ def test_cutting_evens_the_lengths(tmp_path):
     late = Score(480)
     late.tracks.append(Track(notes=[Note(9600, 480, 60, 60)]))  # at 10 s
     write_midi(tmp_path / "late.mid", late)
-    cut, silent = measured_set([tmp_path / "a.mid", tmp_path / "late.mid"], cut_seconds=4)
+    cut, silent = measured_set([tmp_path / "a.mid", tmp_path / "late.mid"], cut_s=4)
     notes = notes_from_score(read_score(tmp_path / "a.mid"))
-    assert cut["figures"]["notes"] == (notes["onset_s"] < 4).sum() and cut["figures"]["seconds"] <= 4
+    assert cut["figures"]["notes"] == (notes["onset_s"] < 4).sum() and cut["figures"]["music_s"] <= 4
     assert silent["failed"] == "it is silent for its first 4 s" and "features" not in silent
     kept = cut_notes(notes, 4)
     assert (kept["onset_s"] + kept["duration_s"]).max() <= 4 and cut_notes(notes, None) is notes
@@ -392,7 +392,7 @@ def test_unprompted_pieces_are_kept_and_gone_on_with(capsys, pieces, performer, 
     assert [path.read_bytes() for path in files] == data and files[0].stat().st_mtime_ns == untouched
     assert json.loads(text) == first
     code, _, err = run(capsys, *argv, "--seconds", 4)
-    assert code == 2 and "seconds 3.0 (now 4.0)" in err
+    assert code == 2 and "music_s 3.0 (now 4.0)" in err
 
 
 def test_a_set_that_cannot_be_written_says_why(tmp_path):
@@ -466,7 +466,8 @@ def test_likelihood_is_the_models_own_and_is_kept(sage, tmp_path, tokenizer):
         (["{pieces}", "--data", "{pieces}", "--num", "0"], "num is 0"),
         (["{pieces}", "--data", "{pieces}", "--mode", "mgeval"], "--mode is an option of --task set"),
         (["{pieces}", "--data", "{pieces}", "--task", "set", "--prompt-bars", "2"], "--prompt-bars is an option of"),
-        (["{pieces}", "--data", "{pieces}", "--task", "set", "--cut-seconds", "-1"], "cut_seconds is -1"),
+        (["{pieces}", "--data", "{pieces}", "--cut-seconds", "2"], "--cut-seconds is an option of --task set"),
+        (["{pieces}", "--data", "{pieces}", "--task", "set", "--cut-seconds", "-1"], "cut_s is -1"),
         (["{pieces}", "--data", "{pieces}", "--task", "set", "--references", "2"], "references is 2"),
         (["{pieces}/a", "--data", "{pieces}/short", "--task", "set"], "1 human"),
         (["{pieces}", "--data", "{pieces}", "--task", "likelihood"], "likelihood takes checkpoints"),

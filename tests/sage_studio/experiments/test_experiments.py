@@ -1,6 +1,7 @@
 """Studies end to end on small folders with the real Trainer: reports, resuming, honest numbers; those declared."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from sage_studio.experiments.measures import measured
 from sage_studio.experiments.report import _interval, report, summary
 from sage_studio.experiments.runner import run
 from sage_studio.experiments.study import Arm, Claim, Scale, Study, StudyError, runs_of
-from sage_studio.experiments.training import arguments, train
+from sage_studio.experiments.training import arguments, corpus_files, prepare, train
 from sage_studio.train.arguments import parse
 from sage_studio.train.command import main as train_command
 from sage_studio.train.parts import model_type_of, new_fields
@@ -93,11 +94,12 @@ def test_a_study_goes_on_from_what_is_there(studied, data):
     folder = sorted((root / "runs").glob("multitrack-*-seed1"))[0]
     weights = {path: path.stat().st_mtime_ns for path in (root / "runs").glob("*/best/model.safetensors")}
     assert len(weights) == 4
-    before = (folder / "likelihood.json").read_text()
-    (folder / "likelihood.json").unlink()
+    before = (folder / "measures.jsonl").read_text().splitlines(keepends=True)
+    (folder / "measures.jsonl").write_text(before[1] + before[0][:50])  # killed while likelihood was written
     again = run(STUDY, "smoke", data, root / "runs", root / "again", workers=1)
     assert {path: path.stat().st_mtime_ns for path in weights} == weights  # nothing was trained again
-    assert (folder / "likelihood.json").read_text() == before  # and what was missing was measured again, alike
+    # And what was missing was measured again, alike.
+    assert (folder / "measures.jsonl").read_text().splitlines(keepends=True)[2:] == before[:1]
     assert again["runs"] == result["runs"] and again["decoding"] == result["decoding"]
 
 
@@ -111,7 +113,7 @@ def test_an_interrupted_training_goes_on(data, tmp_path):
     train(one, data, tmp_path / "cache")
     assert json.loads((one.folder / "report.json").read_text())["steps"] == 2
     log = (one.folder / "train.log").read_text()
-    assert log.count("'eval_nats_per_note'") == 2  # after step 2, and at the end; step 1 was not done again
+    assert log.count("'eval_nats_per_note'") == 1  # after step 2; step 1 was not done again
     assert not list(one.folder.glob("checkpoint-*")) and one.checkpoint.is_dir()
 
 
@@ -128,6 +130,30 @@ def test_wrong_input_is_named(data, tmp_path, capsys):
     command = ["experiment", "segmentation", "--scale", "smoke", "--data", str(tmp_path), "--runs", str(tmp_path)]
     assert main(command) == 2
     assert "piano: no such folder" in capsys.readouterr().err
+
+
+def test_a_corpus_has_the_files_of_allowed_licences_by_split(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    rows = ["path,licence", *(f"multitrack/{name},MIT" for name in ("train/0.mid", "validation/2.mid", "test/3.mid"))]
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, "multitrack/test/4.mid,GPL-3.0", ""]))
+    found = corpus_files(tmp_path, "multitrack")
+    assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+        "train": ["0.mid"],
+        "validation": ["2.mid"],
+        "test": ["3.mid"],
+    }
+    assert [path.name for path in corpus_files(tmp_path, "piano")["test"]] == ["2.mid", "3.mid", "4.mid", "5.mid"]
+
+
+def test_a_vocabulary_is_learned_once_from_the_corpus(data, tmp_path):
+    study = Study("bpe", "", "", {"bpe": Arm({"bpe": 780})}, "bpe", {"smoke": Scale(1, SHAPE, {})})
+    runs, cache = runs_of(study, "smoke", tmp_path), tmp_path / "cache"
+    prepare(runs, data, cache)
+    folder = cache / "bpe-multitrack-780"
+    assert SageMusicTokenizer.from_pretrained(folder).vocab_size == 780
+    written = (folder / "tokenizer_config.json").stat().st_mtime_ns
+    prepare(runs, data, cache)
+    assert (folder / "tokenizer_config.json").stat().st_mtime_ns == written
 
 
 def test_pieces_from_nothing_are_compared_with_human_ones(data, tmp_path):
@@ -159,7 +185,7 @@ def test_pieces_from_nothing_are_compared_with_human_ones(data, tmp_path):
     # A piece without a note ends no study: it is counted, and the others are measured.
     folder = files[0].parents[2]
     Score(480).dump_midi(folder / "from-nothing" / "3-90" / "000.mid")
-    (folder / "sets.json").unlink()
+    (folder / "measures.jsonl").unlink()
     run(study, "smoke", data, tmp_path / "runs", tmp_path / "results", workers=1)
     found = json.loads((tmp_path / "results" / "experiment-written-smoke.json").read_text())["summary"]
     assert sorted(row["failed"] for row in found.values()) == [0, 1]
@@ -259,7 +285,7 @@ def records(nats, nmsi):
         },
         "continuation": {"pieces": [{"piece": str(i), "failed": None, "nmsi": v} for i, v in enumerate(nmsi)]},
         "parameters": 5,
-        "train_seconds": 60,
+        "train_elapsed_s": 60,
     }
 
 
@@ -272,8 +298,8 @@ def test_summary_of_numbers_known_by_hand():
             {"arm": "routed", "seed": 1, **records((121, 77), (40, 60))},
         ],
         "decoding": {
-            "full": {"seconds": 2.0, "cache_bytes": {"used": 100.0}},
-            "routed": {"seconds": 1.0, "cache_bytes": {"used": 25.0}},
+            "full": {"token_s": 2.0, "cache_bytes": {"used": 100.0}},
+            "routed": {"token_s": 1.0, "cache_bytes": {"used": 25.0}},
         },
     }
     found = summary(STUDY, result)

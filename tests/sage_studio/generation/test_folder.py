@@ -19,8 +19,9 @@ from conftest import band, tiny_model, tiny_perceivers
 from perceivers import PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
 from sage_studio.checkpoints import load
+from sage_studio.files import seed_of
 from sage_studio.generation.bars import continue_score
-from sage_studio.generation.folder import continue_folder, fingerprint, main, prompt_seed
+from sage_studio.generation.folder import continue_folder, fingerprint, main
 from sage_studio.music.midi import read_notes
 
 COMMAND = [sys.executable, "-m", "sage_studio.generation.folder"]
@@ -83,7 +84,7 @@ def test_every_prompt_has_a_line_and_its_music(prompts, whole):
     model, tokenizer = load()
     for name, record in records.items():
         data = (prompts / name).read_bytes()
-        assert record["sha256"] == hashlib.sha256(data).hexdigest() and record["seed"] == prompt_seed(3, name)
+        assert record["sha256"] == hashlib.sha256(data).hexdigest() and record["seed"] == seed_of(3, name)
         if "error" not in record:
             written = (whole / record["output"]).read_bytes()
             assert record["output_sha256"] == hashlib.sha256(written).hexdigest()
@@ -173,9 +174,9 @@ def test_performances_in_seconds(prompts, tmp_path):
 def test_an_output_folder_of_something_else_is_left_alone(prompts, whole, tmp_path, capsys):
     before = files(whole)
     assert main(argv(prompts, whole, "--bars", 2)) == 2
-    assert "a run with bars 1, not 2" in capsys.readouterr().err
+    assert "bars 1 (now 2)" in capsys.readouterr().err
     assert main([*argv(prompts, whole), "--temperature", "1.1"]) == 2
-    assert "temperature None, not 1.1" in capsys.readouterr().err
+    assert "temperature None (now 1.1)" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "song.mid").write_bytes(b"MThd")
     assert main(argv(prompts, tmp_path / "mine")) == 2

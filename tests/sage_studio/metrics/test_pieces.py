@@ -134,7 +134,7 @@ def test_describe_piece():
     # from the note 4 to the last: 16 notes in 20 s. Pitch classes A 10, B 5, C 5 of 20: 1.5 bits.
     assert described == {
         "notes": 20,
-        "seconds": 20,
+        "music_s": 20,
         "valid_notes": 1,
         "pitch_class_entropy": 1.5,
         "scale_consistency": 1,
@@ -192,11 +192,11 @@ NOTHING_TO_OBJECT = {
 
 def test_empty_and_drums_only_have_the_documented_values():
     grid = steady_grid(0, 4)
-    nothing = {"notes": 0, "seconds": 0, "repeated_notes_per_second": 0, **NOTHING_TO_OBJECT}
+    nothing = {"notes": 0, "music_s": 0, "repeated_notes_per_second": 0, **NOTHING_TO_OBJECT}
     assert describe_piece(note_array(), grid) == nothing
     # A beat every second, for 8 s: neither pitch nor repeated pitches, but groove (here the same in every bar).
     drums = describe_piece(melody(*[36] * 8, program=-1), grid)
-    assert drums == {"notes": 8, "seconds": 8, "repeated_notes_per_second": 0, **NOTHING_TO_OBJECT}
+    assert drums == {"notes": 8, "music_s": 8, "repeated_notes_per_second": 0, **NOTHING_TO_OBJECT}
     assert not repeated_notes_by_segment(note_array()).any()
 
 

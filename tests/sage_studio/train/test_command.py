@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import band
+from transformers import Trainer
 
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 from perceivers.segmentation import SequentialDataset
@@ -120,6 +121,41 @@ def test_samples_early_stopping_and_the_best_weights(folder, tmp_path, capsys):
     for step in steps:
         assert read_score(out / "samples" / f"step-{step:06}-1.mid").note_num() >= 0
         assert (out / "samples" / f"step-{step:06}-1.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluated"),
+    [
+        ("--eval_steps 2", [0, 2, 4, 6]),  # the best of them is what is kept
+        ("--eval_steps 2 --learning_rate 9", [0, 2, 4, 6]),  # not the last one
+        ("--eval_steps 3 --load_best_model_at_end false --eval_on_start false", [3, 6]),
+        ("--eval_steps 4 --load_best_model_at_end false", [0, 4, 6]),  # the last weights have no evaluation yet
+        ("--eval_strategy no", [6]),
+        ("--eval_steps 6 --bf16_full_eval", [0, 6, 6]),  # half precision is that of the last evaluation alone
+        ("--eval_steps 3 --lora_rank 2", [0, 3, 6]),
+    ],
+)
+def test_weights_are_evaluated_once(folder, tmp_path, monkeypatch, capsys, options, evaluated):
+    steps, whole = [], Trainer.evaluate
+
+    def evaluate(trainer, *args, **more):
+        steps.append(trainer.state.global_step)
+        return whole(trainer, *args, **more)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    out, config = tmp_path / "run", config_file(tmp_path, SMALL)
+    data = ["--data", str(folder), *FEW]
+    assert main([*data, "--output", str(out), "--model", config, "--max_steps", "6", *options.split()]) == 0
+    assert steps == evaluated
+    report = json.loads((out / "report.json").read_text())
+    assert {"eval_loss", "eval_nats_per_note", "eval_nats_per_token", "eval_runtime"} <= report.keys()
+    assert report["steps"] == 6 and report["num_input_tokens_seen"] == report["train_tokens"] == 6 * 4 * 128
+    # The number is that of the weights that are kept.
+    again = ["--output", str(tmp_path / "again"), "--model", str(out / "best"), "--max_steps", "0"]
+    assert main([*data, *again]) == 0
+    kept = json.loads((tmp_path / "again" / "evaluation.json").read_text())["eval_nats_per_note"]
+    precision = 0.02 if "bf16" in options else 1e-4
+    assert report["eval_nats_per_note"] == pytest.approx(kept, rel=precision)
 
 
 def test_samples_leave_training_as_it_is(folder, tmp_path, capsys):
@@ -332,16 +368,16 @@ def test_a_folder_of_another_run_is_not_gone_on_with(folder, tmp_path, capsys):
     assert main([*command, "--max_steps", "2"]) == 0
     capsys.readouterr()
     assert main([*command, "--max_steps", "4", "--transpose", "3"]) == 2
-    assert "transpose was 6, now 3" in capsys.readouterr().err.splitlines()[-1]
+    assert "transpose 6 (now 3)" in capsys.readouterr().err.splitlines()[-1]
     assert main([*command, "--max_steps", "4", "--gradient_accumulation_steps", "2"]) == 2
-    assert "rows_of_a_step was 4, now 8" in capsys.readouterr().err.splitlines()[-1]
+    assert "rows_of_a_step 4 (now 8)" in capsys.readouterr().err.splitlines()[-1]
     # Under the same name another model; and a rate that the optimizer's state would silently overrule.
     config_file(tmp_path, {**SMALL, "num_hidden_layers": 2})
     assert main([*command, "--max_steps", "4"]) == 2
-    assert "config was" in capsys.readouterr().err.splitlines()[-1]
+    assert "other options: config " in capsys.readouterr().err.splitlines()[-1]
     config_file(tmp_path, SMALL)
     assert main([*command, "--max_steps", "4", "--learning_rate", "1e-9"]) == 2
-    assert "learning_rate was '0.01', now '1e-09'" in capsys.readouterr().err.splitlines()[-1]
+    assert "learning_rate 0.01 (now 1e-09)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_full_disk_is_said_and_what_is_whole_is_kept(folder, tmp_path, monkeypatch, capsys):

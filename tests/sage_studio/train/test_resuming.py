@@ -78,7 +78,7 @@ def test_the_end_of_a_run_is_known(run, tmp_path):
 def test_a_folder_keeps_one_run(tmp_path):
     check_run(tmp_path, {"seed": 0, "config": ["a"]}, resumes=False)
     check_run(tmp_path, {"seed": 0, "config": ["a"]}, resumes=True)
-    with pytest.raises(ValueError, match=r"seed was 0, now 1.*--output.*best"):
+    with pytest.raises(ValueError, match=r"seed 0 \(now 1\).*--output.*best"):
         check_run(tmp_path, {"seed": 1, "config": ["a"]}, resumes=True)
     check_run(tmp_path, {"seed": 1, "config": ["a"]}, resumes=False)  # nothing to go on from: a new run
 
