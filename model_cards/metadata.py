@@ -11,11 +11,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from perceivers import PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
+from sage_studio import example
 
-from .facts import HERE, Checkpoint, row_of
+from .facts import Checkpoint, row_of
 
 TASK = "text-generation"
-EXAMPLES = HERE.parent / "examples"
 WIDGET_TOKENS = 512  # the widget's new tokens
 
 
@@ -98,7 +98,7 @@ def _result(task: str, dataset: tuple[str, str, str], metric: str, text: str, fo
 # A text ends with a space: the stock pipeline puts what is new right behind it, and tokens are told apart by spaces.
 def _sage_widget(folder: Path) -> list[dict]:
     tokenizer = SageMusicTokenizer.from_pretrained(folder)
-    bar = tokenizer.convert_ids_to_tokens(tokenizer.midi_to_ids(EXAMPLES / "ode_to_joy.mid", bars=1))
+    bar = tokenizer.convert_ids_to_tokens(tokenizer.midi_to_ids(example("ode_to_joy"), bars=1))
     return [
         {"example_title": "Ode to Joy, one bar of a band", "text": " ".join(bar) + " "},
         {"example_title": "From nothing, in 3/4", "text": "BOS_None Bar_None TimeSig_3/4 "},
