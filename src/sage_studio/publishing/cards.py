@@ -7,13 +7,14 @@ that names the field, before anything is written or sent.
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from sage_studio.checkpoints.provenance import ProvenanceError, front_matter
+from sage_studio.checkpoints.provenance import ProvenanceError, front_matter, read_mapping
 
 # License identifiers that the Hub knows (its documentation, "Licenses").
 LICENSES = frozenset(
@@ -41,13 +42,6 @@ TASKS = frozenset(
     video-classification video-text-to-text video-to-video visual-document-retrieval visual-question-answering
     voice-activity-detection zero-shot-classification zero-shot-image-classification
     zero-shot-object-detection""".split()
-)
-
-# Licenses that derivatives may leave for any other. All that is not here is kept, `other` and `unknown` too.
-PERMISSIVE = frozenset(
-    """apache-2.0 mit afl-3.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 etalab-2.0 isc odc-by openmdw-1.0
-    postgresql ncsa unlicense zlib pddl""".split()
 )
 
 # What a card's examples load, as the export writes it: the name of a repository.
@@ -163,15 +157,6 @@ def _is_repo_id(value) -> bool:
     return True
 
 
-def keeps_license(base: str, chosen: str) -> bool:
-    """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell.
-
-    Only what is known to be permissive lets others follow. A license that some derivatives may leave for a kindred one,
-    such as lgpl-3.0 for gpl-3.0, counts as kept too.
-    """
-    return chosen == base or base in PERMISSIVE
-
-
 def named(text: str, repo_id: str) -> str:
     """A card of the repository `repo_id`: instead of the placeholder, and in blocks of code of another one's name."""
     text = text.replace(PLACEHOLDER, repo_id)
@@ -269,6 +254,39 @@ The license of the weights is
     return "\n\n".join(parts) + "\n"
 
 
+def read_report(origin: str) -> dict | None:
+    """The `report.json` that `sage-music train` leaves beside `best/` and `adapter/`; None where there is none.
+
+    It is of these two alone: a run's checkpoints have seen fewer steps, and other figures.
+
+    Raises:
+        ProvenanceError: it is not as training writes it, or a figure is not finite.
+    """
+    folder = Path(origin).resolve()
+    path = folder.parent / "report.json"
+    if not folder.is_dir() or folder.name not in ("best", "adapter") or not path.is_file():
+        return None
+    report = read_mapping(path)
+    corpus = report.get("corpus", {})
+    splits = corpus.get("splits", {}) if isinstance(corpus, dict) else None
+    rows = list(splits.values()) if isinstance(splits, dict) else [None]
+    optional = ("trainable_parameters", "steps", "eval_nats_per_note", "nats_per_note_before")
+    numbers = [report.get("parameters"), *(report[name] for name in optional if report.get(name) is not None)]
+    if all(isinstance(row, dict) for row in rows):
+        numbers += [row.get(name, 0) for row in rows for name in ("pieces", "notes", "tokens")]
+    else:
+        numbers.append(None)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        raise ProvenanceError(f"{path}: not the report of a training run: mend it, or put it away.")
+    if not all(map(math.isfinite, numbers)):
+        wrong = next((name for name in optional if not math.isfinite(report.get(name) or 0)), "a number in it")
+        raise ProvenanceError(
+            f"{path}: {wrong} is not finite. Did the training diverge? To publish the weights without these figures, "
+            "put the file away."
+        )
+    return report
+
+
 def without_samples(text: str) -> str:
     """A card without what stands between `<!-- samples -->` and `<!-- /samples -->`."""
     return re.sub(r"<!-- samples -->.*?<!-- /samples -->\n*", "", text, flags=re.DOTALL)
@@ -332,8 +350,8 @@ __all__ = [
     "PLACEHOLDER",
     "CardError",
     "check_card",
-    "keeps_license",
     "make_card",
     "named",
+    "read_report",
     "without_samples",
 ]

@@ -27,31 +27,36 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
 
+from sage_studio import families
 from sage_studio.checkpoints.loading import BUNDLED, load
+from sage_studio.checkpoints.provenance import (
+    CARD,
+    NOTICE,
+    OutOfReachError,
+    ancestors,
+    file_of,
+    keeps_license,
+    licensed,
+    look,
+    made_from,
+    notice_of,
+    read_mapping,
+    read_text,
+)
 from sage_studio.errors import MissingExtraError
 from sage_studio.generation.bars import continue_score
 from sage_studio.generation.seconds import continue_performance
 from sage_studio.music.midi import write_midi
 from sage_studio.music.render import render_piano_roll, render_wav
 
-from .cards import PLACEHOLDER, check_card, keeps_license, make_card, named, without_samples
+from .cards import PLACEHOLDER, check_card, make_card, named, read_report, without_samples
 from .flattening import ROOT, SRC, flatten, project
-from .licences import (
-    TASK,
-    ExportError,
-    base_of,
-    bundled_name,
-    file_of,
-    is_there,
-    licenses_of,
-    lineage,
-    notice_of,
-    own_card,
-    pipeline_module,
-    read_mapping,
-    read_report,
-    read_text,
-)
+
+TASK = "midi-continuation"
+
+
+class ExportError(ValueError):
+    """A checkpoint that cannot be exported as asked. `str()` says what to do."""
 
 
 class Family(NamedTuple):
@@ -130,9 +135,10 @@ def export(
     Raises:
         CheckpointError: the checkpoint does not load.
         CardError: the card's metadata is wrong; the message names the field.
-        ExportError: the folder holds something else, or an export that was changed since; a file beside the checkpoint
-            is damaged; its context is too short for the samples; or the license is unknown or not what the weights'
-            own, or that of those that they were made from, allows.
+        ExportError: the folder holds something else, or an export that was changed since; the context is too short for
+            the samples; or the license is unknown or not what the weights' own, or that of those that they were made
+            from, allows.
+        ProvenanceError: a file beside the checkpoint is damaged, or a license out of reach.
         FlatteningError: a module that the pipeline needs cannot travel.
         MissingExtraError: samples need extras that are not installed.
     """
@@ -164,11 +170,11 @@ def export(
         write_code(model.config.model_type, folder)
         _write_weights(model, origin, folder, max_shard_size)
         _write_tokenizer(tokenizer, model.config.model_type, folder)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8")
         _write_own_license(origin, chosen, folder, confirm_license)
         notice = notice_of(origin)
         if notice is not None:
-            shutil.copyfile(notice, folder / "NOTICE.md")
+            shutil.copyfile(notice, folder / NOTICE)
         sums = _sums(folder)
         changed = _changed(output) if output.exists() and not replace else {}
         _check_kept(output, changed, sums)
@@ -177,6 +183,17 @@ def export(
         (folder / RECORD).parent.mkdir(parents=True)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return output
+
+
+def pipeline_module(origin: str) -> str | None:
+    """The file of the custom pipeline that a checkpoint's config names; None where it names none of ours."""
+    path = file_of(origin, "config.json")
+    try:
+        impl = read_mapping(path)["custom_pipelines"][TASK]["impl"]
+        module = impl.split(".")[0]
+    except (AttributeError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return module if file_of(origin, f"{module}.py") is not None else None
 
 
 def is_export(folder: str | os.PathLike) -> bool:
@@ -316,11 +333,10 @@ def _write_own_license(origin: str, chosen: str, folder: Path, confirmed: bool) 
     caller's word says so.
     """
     codes = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
-    kept = {origin}
-    if not confirmed:
-        kept |= {ancestor for ancestor, known, _ in licenses_of(origin) if known == chosen}
-    for ancestor in lineage(origin):
-        found = next(filter(None, (file_of(ancestor, name) for name in LICENSE_NAMES if ancestor in kept)), None)
+    known = [] if confirmed else licensed(origin)
+    kept = {origin, *(ancestor.place for ancestor in known if ancestor.license == chosen)}
+    for place in dict.fromkeys(ancestor.place for ancestor in ancestors(origin)):
+        found = next(filter(None, (file_of(place, name) for name in LICENSE_NAMES if place in kept)), None)
         # An older export's is the code's.
         if found is not None and read_text(found).split() != codes:
             (folder / "LICENSE").rename(folder / "LICENSE-CODE")
@@ -378,7 +394,7 @@ def _stored_dtypes(origin: str) -> dict[str, torch.dtype]:
     elif index is not None:
         files = [file_of(origin, shard) for shard in sorted(set(read_mapping(index)["weight_map"].values()))]
     else:
-        base = base_of(origin)
+        base = made_from(origin)
         return {} if base is None else _stored_dtypes(base)
     found = {}
     for path in filter(None, files):
@@ -392,17 +408,21 @@ def _stored_dtypes(origin: str) -> dict[str, torch.dtype]:
 
 def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dict) -> str:
     """The card to write, with the placeholder for the repository's name where it is made here."""
-    card = own_card(origin) if card is None else Path(card)
+    bundled = _bundled(origin)
+    if card is not None:
+        card = Path(card)
+    elif bundled is not None or pipeline_module(origin) is not None:  # one of ours, or an export of one
+        card = file_of(origin, CARD)
     if card is not None:
         given = [name for name, value in facts.items() if value]
         if given:
             raise ExportError(f"{given[0]} is for a card that is made; this checkpoint's is {card}: change it there.")
         return read_text(card)
-    license = facts["license"] or next((known for _, known, _ in licenses_of(origin)), None)
+    license = facts["license"] or next((ancestor.license for ancestor in licensed(origin)), None)
     if license is None:
         raise ExportError(f"{origin}: the license of these weights is not known: give --license, such as apache-2.0.")
-    base = base_of(origin)
-    if base is not None and not facts["base_model"] and not is_there(base):
+    base = made_from(origin)
+    if base is not None and not facts["base_model"] and not _is_there(base):
         print(
             f"note: {base}, which these weights were made from, is no folder here and was not found on the Hub: the "
             "card does not name it. --base-model does.",
@@ -410,14 +430,18 @@ def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dic
         )
         base = None
     on_hub = base is not None and not os.path.isdir(base)
-    bundled = bundled_name(base)
+    bundled = _bundled(base)
+    if bundled is not None:
+        began = f"`{bundled.pretrained.name}`, which the package {bundled.distribution or 'sage-music'} ships"
+    else:
+        began = f"`{base}`" if on_hub else None
     return make_card(
         title,
         PLACEHOLDER,
         model.config,
         license,
         license_name=facts["license_name"],
-        base=f"`{bundled}`, which the package sage-music ships" if bundled else f"`{base}`" if on_hub else None,
+        base=began,
         base_model=facts["base_model"] or (base if on_hub else None),
         datasets=facts["datasets"],
         report=read_report(origin),
@@ -426,12 +450,28 @@ def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dic
 
 def _check_license(license: str, origin: str) -> None:
     """Weights have a license that theirs, and those of all that they were made from, allow."""
-    for ancestor, known, card in licenses_of(origin):
-        if not keeps_license(known, license):
+    for ancestor in licensed(origin):
+        if not keeps_license(ancestor.license, license):
+            bundled = _bundled(ancestor.place)
+            name = bundled.pretrained.name if bundled else ancestor.name or ancestor.place
             raise ExportError(
-                f"license {license}: the weights of {bundled_name(ancestor) or ancestor} are {known} (so says {card}), "
-                "and what is made of them keeps that license. If you have their owner's leave: --confirm-license."
+                f"license {license}: the weights of {name} are {ancestor.license} (so says {ancestor.source}), and "
+                "what is made of them keeps that license. If you have their owner's leave: --confirm-license."
             )
+
+
+def _bundled(place: str | None) -> families.Family | None:
+    """The family whose bundled checkpoint lies in a folder."""
+    found = families.FAMILIES.values() if place is not None else ()
+    return next((family for family in found if family.pretrained.resolve() == Path(place).resolve()), None)
+
+
+def _is_there(name: str) -> bool:
+    """Whether a checkpoint's name is a folder's, or one that the Hub knows."""
+    try:
+        return os.path.isdir(name) or any(look(name, file) for file in ("config.json", "adapter_config.json"))
+    except OutOfReachError:
+        return False
 
 
 @contextmanager

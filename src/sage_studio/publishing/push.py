@@ -64,7 +64,8 @@ def push(
 
     Raises:
         PushError: no token, a wrong one, one that may not write there, a repository that exists, no network.
-        CardError, ExportError, CheckpointError, MissingExtraError: as `export`, before anything is sent.
+        CardError, ExportError, ProvenanceError, CheckpointError, MissingExtraError: as `export`, before anything is
+            sent.
     """
     check_repo_id(repo_id)
     ready = is_export(checkpoint)
