@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sage_studio.checkpoints.provenance import license_of
+from sage_studio.errors import install_hint
 
 from .convert_to_llama import HEAD, load_llama
 from .weights import ConversionError, run_command
@@ -77,7 +78,7 @@ def convert(checkpoint, output, dtype: str = "float32", name: str | None = None)
         sage_studio.checkpoints.provenance.ProvenanceError: its card is damaged.
     """
     if gguf is None:
-        raise ConversionError("the gguf package is missing: pip install gguf")
+        raise ConversionError(f"the gguf package is missing: {install_hint('gguf')}")
     if dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     output = Path(output).resolve()

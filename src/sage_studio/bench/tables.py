@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 from sage_studio.files import write_atomic
 
 from .decoding import machine_line, markdown
@@ -167,7 +167,7 @@ def plotting():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'sage-music[plot]'.") from error
+        raise MissingExtraError(f"pictures need matplotlib: {install_hint('matplotlib')}.") from error
     return Figure, FigureCanvasAgg
 
 

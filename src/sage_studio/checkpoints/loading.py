@@ -15,7 +15,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
-from sage_studio.errors import CheckpointError, MissingExtraError
+from sage_studio.errors import CheckpointError, MissingExtraError, install_hint
 from sage_studio.families import FAMILIES, bundled
 
 # The folders of the bundled checkpoints by their short names, the default first; not each need be installed.
@@ -132,7 +132,7 @@ def _merged(
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     except ImportError as error:
-        raise MissingExtraError(f"{name}: an adapter; it needs PEFT: pip install 'sage-music[peft]'.") from error
+        raise MissingExtraError(f"{name}: an adapter; it needs PEFT: {install_hint('peft')}.") from error
     from .lora import merge_lora
 
     model, tokenizer = load_base()

@@ -39,11 +39,12 @@ def run_command(args: argparse.Namespace) -> dict:
         ValueError, OSError, StudyError: as `sage_studio.experiments.runner.run`.
     """
     from sage_studio.bench.tables import plotting
-    from sage_studio.errors import MissingExtraError
+    from sage_studio.errors import MissingExtraError, install_hint
 
     # Before an hour of training, and before the runner, whose imports need `Trainer`.
     if importlib.util.find_spec("accelerate") is None:
-        raise MissingExtraError("studies train models, with accelerate: pip install 'sage-music[train,plot]'.")
+        command = install_hint("accelerate", "datasets", "tensorboard", "matplotlib")
+        raise MissingExtraError(f"studies train models, with accelerate: {command}.")
     plotting()
 
     from .runner import run

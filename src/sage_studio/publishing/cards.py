@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -15,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from sage_studio.checkpoints.provenance import ProvenanceError, front_matter, read_mapping
+from sage_studio.families import family_of
 
 # License identifiers that the Hub knows (its documentation, "Licenses").
 LICENSES = frozenset(
@@ -48,6 +50,8 @@ TASKS = frozenset(
 LOADED = re.compile(r"""pipeline\(\s*["']midi-continuation["'],\s*(?:model=)?["']([\w.-]+/[\w.-]+)["']""")
 # What a card says where the repository has no name yet.
 PLACEHOLDER = "USER/NAME"
+TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+LENGTHS = {"bars": "prompt_bars=4, bars=16", "seconds": "prompt_seconds=20, seconds=60"}  # of its example
 
 # Fields that are one word or one line.
 TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "new_version", "thumbnail")
@@ -188,70 +192,33 @@ def make_card(
 
     It shows the samples beside it, between marks that `without_samples` knows.
     """
-    perceivers = config.model_type == "perceivers"
-    family, paper = ("PerceiverS", "2411.08307") if perceivers else ("SAGE-Music", "2510.00395")
+    family = family_of(config)
     data = ModelCardData(
         license=license,
         license_name=license_name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "midi",
-            "music-generation",
-            "symbolic-music",
-            *(["piano", "perceivers"] if perceivers else ["sage-music"]),
-        ],
+        tags=["midi", "music-generation", "symbolic-music", *family.tags],
         base_model=base_model,
         datasets=list(datasets) or None,
         # It ends with a space: the stock pipeline puts what is new right behind it, and spaces part tokens.
-        widget=[{"text": "BOS " if perceivers else "BOS_None Bar_None TimeSig_4/4 ", "example_title": "From nothing"}],
+        widget=[{"text": family.widget, "example_title": "From nothing"}],
         model_name=title,
         eval_results=_results(report),
     )
-    asked = "prompt_seconds=20, seconds=60" if perceivers else "prompt_bars=4, bars=16"
-    about = [
-        "A model of expressive piano performance: it continues the beginning of a MIDI file."
-        if perceivers
-        else "A model of multi-track music: it continues the beginning of a MIDI file.",
-        f"The architecture is {family} ([arXiv {paper}](https://arxiv.org/abs/{paper})).",
-    ]
-    if base:
-        about.append(f"Its training began with the weights of {base}.")
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{' '.join(about)}",
-        f"""```python
-from transformers import pipeline
-
-pipe = pipeline("midi-continuation", model="{repo_id}", trust_remote_code=True)
-music = pipe("prompt.mid", {asked}, seed=0)
-with open("continuation.mid", "wb") as file:
-    file.write(music["midi"])
-```
-
-`trust_remote_code=True` runs the code in this repository: read it, and pin a `revision`. It needs
-`pip install -r requirements.txt`.""",
-    ]
-    parts.append(
-        "<!-- samples -->\n![The prompt and its continuation](samples/continuation.png)\n\n"
-        "[Prompt](samples/prompt.mid) · [continuation, MIDI](samples/continuation.mid) · "
-        "[continuation, audio](samples/continuation.wav)\n<!-- /samples -->"
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        metadata=data.to_yaml(),
+        title=title,
+        repo_id=repo_id,
+        about=family.about,
+        family=family.name,
+        paper=family.paper,
+        began=f" Its training began with the weights of {base}." if base else "",
+        lengths=LENGTHS[family.unit],
+        sections="\n\n".join([_model_section(config), *([_training_section(report)] if report else [])]),
+        limits=family.limits,
+        license=license_name or license,
     )
-    parts.append(_model_section(config))
-    if report:
-        parts.append(_training_section(report))
-    parts.append(
-        f"""## Limits
-
-It knows the music that it was trained on, and no other; it may repeat parts of it. {
-            "Pedal is folded into durations, and times are on a grid of 10 ms."
-            if perceivers
-            else "Times are on the grid of its tokens; controllers, pitch bend and pedal have none."
-        }
-
-The license of the weights is
-`{license_name or license}`; the code in this repository is Apache-2.0."""
-    )
-    return "\n\n".join(parts) + "\n"
 
 
 def read_report(origin: str) -> dict | None:
@@ -300,9 +267,9 @@ def _model_section(config: PreTrainedConfig) -> str:
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings:,} tokens",
     }
-    if config.model_type == "perceivers":
+    if hasattr(config, "num_latents"):
         rows["latents"] = f"{config.num_latents:,}"
-    else:
+    if hasattr(config, "kv_routing"):
         rows["attention"] = f'`kv_routing="{config.kv_routing}"`'
     return "## Model\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 

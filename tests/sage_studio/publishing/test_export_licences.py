@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 from conversion.perceiver_ar import save
 from perceivers import PerceiverSTokenizer
 from sage_studio.checkpoints.provenance import ProvenanceError, carry, license_of, notice_of
+from sage_studio.cli import main
 from sage_studio.publishing.cards import read_report
-from sage_studio.publishing.export import ExportError, export, main
+from sage_studio.publishing.export import ExportError, export
 from sage_studio.train.callbacks import keep_origin, tell_origin
 from sage_studio.train.resuming import check_run
 
@@ -114,9 +115,9 @@ def test_a_damaged_file_beside_a_checkpoint_is_named(tiny, tmp_path, capsys, nam
     for said in ([], ["--license", "apache-2.0"]):
         if not said and name == "report.json":
             continue  # what is amiss first is the license
-        assert main([str(best), str(tmp_path / "out"), "--no-samples", *said]) == 2
+        assert main(["export", str(best), str(tmp_path / "out"), "--no-samples", *said]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("export_hub: error: ") and path.name in error and "put" in error and "away" in error
+        assert error.startswith("sage-music: error: ") and path.name in error and "put" in error and "away" in error
     with pytest.raises(ProvenanceError):
         export(best, tmp_path / "out", license="apache-2.0", samples=False)
     assert not (tmp_path / "out").exists()
