@@ -1,4 +1,4 @@
-"""What the wheels hold, and that publishing needs nothing else: from wheels, in another folder, without the checkout."""
+"""What the wheels hold, and that publishing needs nothing else: it works where there is no checkout."""
 
 import json
 import os
