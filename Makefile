@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test test-avx2 test-versions lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/sage-music continue examples/ode_to_joy.mid --prompt-bars 4 --bars 16 \
+	$(BIN)/sage-music continue src/sage_studio/examples/ode_to_joy.mid --prompt-bars 4 --bars 16 \
 		--out out/continuation.mid --wav --png
 
 test: $(VENV)/.dev
@@ -29,15 +29,15 @@ lint: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml weights/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[audio,plot]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[audio,plot]' -e ./weights
 	touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml weights/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]' -e ./weights
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) out build src/*.egg-info
+	rm -rf $(VENV) out build src/*.egg-info weights/build weights/src/*.egg-info

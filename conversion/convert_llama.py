@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
-from sage_studio.publishing.licences import carry
+from sage_studio.checkpoints.provenance import carry
 
 from .weights import ConversionError, check_output, load_into, load_state, new_folder, read_json, remap, run_command
 

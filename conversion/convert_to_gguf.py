@@ -37,7 +37,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from sage_studio.publishing.licences import license_of
+from sage_studio.checkpoints.provenance import license_of
+from sage_studio.errors import install_hint
 
 from .convert_to_llama import HEAD, load_llama
 from .weights import ConversionError, run_command
@@ -74,10 +75,10 @@ def convert(checkpoint, output, dtype: str = "float32", name: str | None = None)
             Llama cannot be (see `convert_to_llama.convert`; another activation than SiLU, rotary positions that change
             with the length), or weights that float16 does not hold.
         sage_studio.checkpoints.CheckpointError: the checkpoint does not load.
-        sage_studio.publishing.licences.ExportError: its card is damaged.
+        sage_studio.checkpoints.provenance.ProvenanceError: its card is damaged.
     """
     if gguf is None:
-        raise ConversionError("the gguf package is missing: pip install gguf")
+        raise ConversionError(f"the gguf package is missing: {install_hint('gguf')}")
     if dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     output = Path(output).resolve()

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from sage_music import SageMusicConfig, SageMusicForCausalLM, SageMusicTokenizer
 from sage_studio.checkpoints import load
-from sage_studio.publishing.licences import carry
+from sage_studio.checkpoints.provenance import carry
 
 from .convert_llama import ATTENTION, HEAD, OPTIONAL_WEIGHTS, SHARED_FIELDS, WEIGHTS
 from .weights import ConversionError, check_output, load_into, new_folder, remap, run_command

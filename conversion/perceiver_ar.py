@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from perceivers import PerceiverSConfig, PerceiverSForCausalLM, PerceiverSTokenizer
-from sage_studio.publishing.licences import carry
+from sage_studio.checkpoints.provenance import carry
 
 from .weights import ConversionError, load_into, new_folder, read_json
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 from sage_studio.checkpoints import load
+from sage_studio.checkpoints.provenance import carry
 from sage_studio.files import changes, write_atomic
-from sage_studio.publishing.licences import carry
 from sage_studio.train.arguments import parse
 from sage_studio.train.command import main as train
 

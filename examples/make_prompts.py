@@ -1,4 +1,4 @@
-"""Write the example prompts: public-domain tunes, arranged here for a few instruments.
+"""Write the example prompts of `sage_studio.example`: public-domain tunes, arranged here for a few instruments.
 
     python examples/make_prompts.py
 
@@ -12,7 +12,7 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 
 TPQ = 480
 STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "sage_studio" / "examples"
 
 # Beethoven, Symphony No. 9 (1824)
 ODE_TO_JOY = """

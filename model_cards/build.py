@@ -1,6 +1,6 @@
 """Make the model cards from the results files, the bundled checkpoints and the templates.
 
-python -m model_cards.build            # writes model_cards/*.md
+python -m model_cards.build            # writes model_cards/*.md, and each as README.md into its checkpoint's folder
 python -m model_cards.build --check    # writes nothing; exit code 1 where a card is not what it would be
 
 A card's figures come from `model_cards/results` and from the checkpoint's own files; results of other weights are
@@ -91,6 +91,11 @@ def build(name: str, root: Path = HERE) -> str:
     return content
 
 
+def places(name: str, root: Path = HERE) -> list[Path]:
+    """Where a card is written to; cards of a copy of this folder are nobody's checkpoint's."""
+    return [root / f"{name}.md", *([CARDS[name].pretrained / "README.md"] if root.resolve() == HERE else [])]
+
+
 def gather(checkpoint: Checkpoint, root: Path = HERE) -> dict[str, dict]:
     """The checkpoint's results by task (`training`, and those of `EVALUATIONS`), checked to be of its weights."""
     record = "Evaluate it again and run python -m model_cards.record REPORT.json " + checkpoint.name
@@ -171,22 +176,26 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stale = 0
     for name in CARDS:
-        path = args.root / f"{name}.md"
         try:
             made = build(name, args.root)
-            present = path.read_text(encoding="utf-8") if path.is_file() else ""
+            present = {
+                path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in places(name, args.root)
+            }
         except (CardError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        if made == present:
-            continue
-        stale += 1
-        if args.check:
-            changes = difflib.unified_diff(present.splitlines(), made.splitlines(), "present", "from results", n=0)
-            print(f"{path}: not what its results and template say: run python -m model_cards.build", file=sys.stderr)
-            print("\n".join(list(changes)[:20]), file=sys.stderr)
-        else:
-            print(write_atomic(path, made.encode()))
+        for path, text in present.items():
+            if made == text:
+                continue
+            stale += 1
+            if args.check:
+                changes = difflib.unified_diff(text.splitlines(), made.splitlines(), "present", "from results", n=0)
+                print(
+                    f"{path}: not what its results and template say: run python -m model_cards.build", file=sys.stderr
+                )
+                print("\n".join(list(changes)[:20]), file=sys.stderr)
+            else:
+                print(write_atomic(path, made.encode()))
     return 1 if args.check and stale else 0
 
 

@@ -12,16 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import perceivers
-import sage_music
+from sage_studio.families import FAMILIES, Family, family_of
 
 HERE = Path(__file__).resolve().parent
 
-# Cards by name: the name of the bundled checkpoint for the command line, and its folder.
-CARDS = {
-    "sage-music-6m": ("sage-music", sage_music.PRETRAINED),
-    "perceivers-6m": ("perceivers", perceivers.PRETRAINED),
-}
+# The families by the names of their cards, which are those of their bundled checkpoints' folders.
+CARDS = {family.pretrained.name: family for family in FAMILIES.values()}
 # What of generation_config.json decides how music is sampled.
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 
@@ -35,7 +31,7 @@ class Checkpoint:
     """A checkpoint folder as its files say it; no model is loaded.
 
     Attributes:
-        name, system: of the card, and of the bundled checkpoint (`sage-music`).
+        name: of the card; `system`: of the bundled checkpoint (`sage-music`).
         config, generation: `config.json` and `generation_config.json`.
         miditok: options of its MidiTok tokenizer, empty where it has another kind.
         parameters: of the model alone; `draft_parameters`: of its draft head, 0 where it has none.
@@ -55,6 +51,11 @@ class Checkpoint:
     fingerprint: str
 
     @property
+    def family(self) -> Family:
+        """What a checkpoint of its kind is."""
+        return family_of(self.config["model_type"])
+
+    @property
     def megabytes(self) -> float:
         """Size of all weights files in MB."""
         return sum(self.files.values()) / 1e6
@@ -68,8 +69,7 @@ def read_checkpoint(name: str, folder: str | os.PathLike | None = None) -> Check
     """
     if name not in CARDS:
         raise CardError(f"{name}: no such card; there are {', '.join(CARDS)}.")
-    system, bundled = CARDS[name]
-    folder = Path(folder or bundled)
+    folder = Path(folder or CARDS[name].pretrained)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CardError(f"{folder}: no weights (*.safetensors) in this folder.")
@@ -84,7 +84,7 @@ def read_checkpoint(name: str, folder: str | os.PathLike | None = None) -> Check
     draft = sum(size for key, size in sizes.items() if key.startswith("draft."))
     return Checkpoint(
         name=name,
-        system=system,
+        system=CARDS[name].checkpoint,
         folder=folder,
         config=config,
         generation=generation,

@@ -5,33 +5,27 @@ The custom task `midi-continuation` is none that the Hub knows; it stands in `co
 data are described in the card's text: none of the sources is a dataset of the Hub.
 """
 
-from pathlib import Path
-
 from huggingface_hub import EvalResult, ModelCardData
 
-from perceivers import PerceiverSTokenizer
-from sage_music import SageMusicTokenizer
+from sage_studio import example
 
-from .facts import HERE, Checkpoint, row_of
+from .facts import Checkpoint, row_of
 
 TASK = "text-generation"
-EXAMPLES = HERE.parent / "examples"
 WIDGET_TOKENS = 512  # the widget's new tokens
 
 
 def metadata(checkpoint: Checkpoint, results: dict[str, dict]) -> ModelCardData:
     """The metadata of a bundled checkpoint's card; `results` by task, as `model_cards.build.gather` has them."""
-    family = checkpoint.config["model_type"]
-    sage = family == "sage_music"
-    tags = ["midi", "midi-continuation", "music", "music-generation", "symbolic-music"]
+    tags, found, widget = CARDS[checkpoint.name]
     return ModelCardData(
-        license="apache-2.0" if sage else "cc-by-nc-sa-4.0",
+        license=checkpoint.family.license,
         library_name="transformers",
         pipeline_tag=TASK,
-        tags=[*tags, *(["multitrack", "sage-music"] if sage else ["piano", "expressive-performance", "perceivers"])],
+        tags=["midi", "midi-continuation", "music", "music-generation", "symbolic-music", *tags],
         model_name=checkpoint.name,
-        eval_results=_sage_results(results) if sage else _perceivers_results(results),
-        widget=_sage_widget(checkpoint.folder) if sage else _perceivers_widget(checkpoint.folder),
+        eval_results=found(results),
+        widget=widget(checkpoint),
         inference={
             "parameters": {
                 "do_sample": checkpoint.generation["do_sample"],
@@ -96,22 +90,31 @@ def _result(task: str, dataset: tuple[str, str, str], metric: str, text: str, fo
 
 
 # A text ends with a space: the stock pipeline puts what is new right behind it, and tokens are told apart by spaces.
-def _sage_widget(folder: Path) -> list[dict]:
-    tokenizer = SageMusicTokenizer.from_pretrained(folder)
-    bar = tokenizer.convert_ids_to_tokens(tokenizer.midi_to_ids(EXAMPLES / "ode_to_joy.mid", bars=1))
+def _sage_widget(checkpoint: Checkpoint) -> list[dict]:
+    tokenizer = checkpoint.family.classes[1].from_pretrained(checkpoint.folder)
+    bar = tokenizer.convert_ids_to_tokens(tokenizer.midi_to_ids(example("ode_to_joy"), bars=1))
     return [
         {"example_title": "Ode to Joy, one bar of a band", "text": " ".join(bar) + " "},
         {"example_title": "From nothing, in 3/4", "text": "BOS_None Bar_None TimeSig_3/4 "},
     ]
 
 
-def _perceivers_widget(folder: Path) -> list[dict]:
-    tokenizer = PerceiverSTokenizer.from_pretrained(folder)
+def _perceivers_widget(checkpoint: Checkpoint) -> list[dict]:
+    tokenizer = checkpoint.family.classes[1].from_pretrained(checkpoint.folder)
     chord = ["BOS", "VELOCITY_16", "NOTE_ON_48", "NOTE_ON_55", "NOTE_ON_64", "TIME_SHIFT_500"]
     unknown = set(chord) - set(tokenizer.get_vocab())
     if unknown:
-        raise ValueError(f"{folder}: its tokenizer has no {', '.join(sorted(unknown))}, which the widget begins with.")
+        raise ValueError(
+            f"{checkpoint.folder}: its tokenizer has no {', '.join(sorted(unknown))}, which the widget begins with."
+        )
     return [
         {"example_title": "A chord of C major", "text": " ".join(chord) + " "},
         {"example_title": "From nothing", "text": "BOS "},
     ]
+
+
+# Of each card: its tags beside those of all, its results as a model index, the examples of the widget.
+CARDS = {
+    "sage-music-6m": (("multitrack", "sage-music"), _sage_results, _sage_widget),
+    "perceivers-6m": (("piano", "expressive-performance", "perceivers"), _perceivers_results, _perceivers_widget),
+}

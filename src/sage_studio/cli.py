@@ -1,4 +1,5 @@
-"""The `sage-music` command: generate, continue, stream, render, info, train, prepare, evaluate, experiment, bench.
+"""The `sage-music` command: generate, continue, stream, render, info, train, prepare, evaluate, experiment, bench, and
+export, push, space.
 
 Results go to stdout (`--json`: one JSON object), progress and remarks to stderr. A wrong argument or input ends with
 one line on stderr and exit code 2; a reader of stdout that closes it ends the command quietly.
@@ -22,7 +23,7 @@ from pathlib import Path
 from sage_studio.corpus.command import add_arguments as add_preparation
 from sage_studio.corpus.command import run as prepare
 from sage_studio.defaults import BARS, MAX_NOTE_S, MUSIC_S, PROMPT_BARS, PROMPT_S
-from sage_studio.errors import InvalidMidiError, MissingExtraError
+from sage_studio.errors import InvalidMidiError, MissingExtraError, install_hint
 from sage_studio.evaluate import add_arguments as add_evaluation
 from sage_studio.evaluate import run as evaluate
 from sage_studio.experiments import add_arguments as add_experiment
@@ -33,6 +34,7 @@ from sage_studio.generation.options import positive_int
 from sage_studio.music.midi import Prompt, describe, read_prompt, read_score, write_midi
 from sage_studio.music.notes import instrument_name
 from sage_studio.music.render import render_piano_roll, render_wav
+from sage_studio.publishing import command as publishing
 from sage_studio.reports import plotting
 
 # Ways to decode faster: int8 weights, a compiled step, drafted tokens.
@@ -152,6 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluation(command("evaluate", evaluate, "Score checkpoints and folders of MIDI files against human music."))
 
     add_experiment(command("experiment", experiment, "Rerun a study of the source papers' claims."))
+
+    text = "Write a checkpoint as a complete Hub repository: code, card, samples, endpoint."
+    publishing.add_export_arguments(command("export", publishing.run_export, text))
+    publishing.add_push_arguments(command("push", publishing.run_push, "Send a checkpoint, or an export, to the Hub."))
+    text = "Write a Space: a page that continues MIDI files in the browser."
+    publishing.add_space_arguments(command("space", publishing.run_space, text))
 
     sub = command("bench", run_bench, "Compare speed with a stock model of the same shape: Llama, Perceiver AR.")
     with_model(sub)
@@ -365,9 +373,10 @@ def _latency_lines(report: dict) -> list[str]:
 
 def run_train(argv: list[str]) -> int:
     """`sage-music train`, which has a parser of its own; returns the exit code."""
-    for package in ("accelerate", "datasets", "tensorboard"):
+    needed = ("accelerate", "datasets", "tensorboard")
+    for package in needed:
         if importlib.util.find_spec(package) is None:
-            print(f"sage-music: error: train needs {package}: pip install 'sage-music[train]'.", file=sys.stderr)
+            print(f"sage-music: error: train needs {package}: {install_hint(*needed)}.", file=sys.stderr)
             return 2
     from sage_studio.train.command import main as train
 

@@ -10,6 +10,7 @@ only one that compares `model_type`.
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ class Family:
         name: as texts say it; `plays`: what it is like, in two words.
         prefix: of its classes: `SageMusic` in `SageMusicForCausalLM`.
         paper: number on arXiv.
-        checkpoint: short name of the bundled checkpoint; `folder`: where it lies; `license`: of its weights;
-            `distribution`: the package that has them, where that is not this one.
+        checkpoint: short name of the bundled checkpoint; `folder`: where it lies, from its package on; `license`: of
+            its weights; `distribution`: the package that has them, where that is not this one.
         unit: what its music is counted in, `bars` or `seconds`.
         prompt_length, length: the options that say how much of a prompt is heard, and how much is written.
         options: of a continuation, beside those that both families have.
@@ -128,8 +129,20 @@ class Family:
 
     @property
     def pretrained(self) -> Path:
-        """The folder of its bundled checkpoint, which need not be installed."""
-        return _named(self.folder)
+        """The folder of its bundled checkpoint; there is none where that is a package that is not installed."""
+        specs = map(find_spec, (self.folder.partition("/")[0], self.model_type))
+        return next(Path(spec.origin).parents[1] / self.folder for spec in specs if spec and spec.origin)
+
+    @property
+    def absence(self) -> str:
+        """What to say where the bundled checkpoint is not installed."""
+        if self.distribution is None:
+            return f"{self.checkpoint}: the bundled checkpoint is not installed ({self.pretrained} is missing)."
+        return (
+            f"{self.checkpoint}: these weights are a separate, non-commercial package ({self.license}), which is not "
+            f"installed: {self.distribution}. In a checkout of sage-music: pip install ./weights. Any other checkpoint "
+            "of the family needs no package: --model FOLDER, or from_pretrained(FOLDER)."
+        )
 
 
 def _flag(option: str) -> str:
@@ -149,7 +162,7 @@ SAGE_MUSIC = Family(
     prefix="SageMusic",
     paper="2510.00395",
     checkpoint="sage-music",
-    folder="sage_music:PRETRAINED",
+    folder="sage_music/pretrained/sage-music-6m",
     license="apache-2.0",
     distribution=None,
     unit="bars",
@@ -186,7 +199,7 @@ PERCEIVERS = Family(
     prefix="PerceiverS",
     paper="2411.08307",
     checkpoint="perceivers",
-    folder="perceivers:PRETRAINED",
+    folder="perceivers_weights/perceivers-6m",
     license="cc-by-nc-sa-4.0",
     distribution="sage-music-perceivers-weights",
     unit="seconds",
@@ -214,7 +227,7 @@ PERCEIVERS = Family(
     },
     eval_pieces=12,
     example="greensleeves",
-    sample={"prompt_s": 11.0, "music_s": 16.0},
+    sample={"prompt_seconds": 11.0, "seconds": 16.0},
     tags=("piano", "perceivers"),
     about="A model of expressive piano performance: it continues the beginning of a MIDI file.",
     limits="Pedal is folded into durations, and times are on a grid of 10 ms.",

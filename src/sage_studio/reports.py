@@ -4,7 +4,7 @@ import io
 import os
 import platform
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#6A3D9A")
@@ -47,7 +47,7 @@ def plotting():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'sage-music[plot]'.") from error
+        raise MissingExtraError(f"pictures need matplotlib: {install_hint('matplotlib')}.") from error
     return Figure, FigureCanvasAgg
 
 

@@ -15,7 +15,7 @@ from conversion.uptrain import main, pool, read_source, steps_of
 from conversion.weights import ConversionError
 from sage_music import SageMusicTokenizer
 from sage_studio.checkpoints import load
-from sage_studio.publishing.licences import licenses_of, notice_of
+from sage_studio.checkpoints.provenance import licensed, notice_of
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_license_of_the_original_is_that_of_the_result(original, tmp_path):
         (tmp_path / "run" / "best" / name).unlink()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"model": str(folder)}))
     shutil.rmtree(source)
-    assert [found[1] for found in licenses_of(str(tmp_path / "run" / "best"))] == ["cc-by-nc-sa-4.0"] * 2
+    assert [found.license for found in licensed(str(tmp_path / "run" / "best"))] == ["cc-by-nc-sa-4.0"] * 2
     assert notice_of(str(tmp_path / "run" / "best")).read_text() == "Not for money."
 
 

@@ -158,7 +158,7 @@ def test_the_paper_stands_beside_us(name):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_widget_examples_go_on_to_music(name):
-    model, tokenizer = load(CARDS[name][0])
+    model, tokenizer = load(CARDS[name].checkpoint)
     writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
     options = card(name).data.inference["parameters"]
     for example in card(name).data.widget:
@@ -178,7 +178,7 @@ def test_the_snippets_run_as_they_stand(name, tmp_path, monkeypatch):
     from_hub, with_package = snippets(name)
     assert all(len(snippet.strip().splitlines()) <= 8 for snippet in (from_hub, with_package))
     # The tests of the export load from a Hub; here the bundled folder stands for it, and lengths are short.
-    local = from_hub.replace('"USER/NAME"', repr(str(CARDS[name][1])))
+    local = from_hub.replace('"USER/NAME"', repr(str(CARDS[name].pretrained)))
     assert local != from_hub
     for snippet in (local, with_package):
         short = re.sub(r"\bbars=16", "bars=2", snippet)
@@ -199,7 +199,7 @@ def test_every_evaluation_of_the_card_is_a_command(name):
     assert len(commands) == len(build.EVALUATIONS[name])
     for command in commands:
         args = build_parser().parse_args(shlex.split(command)[1:])
-        assert args.systems == [CARDS[name][0]]
+        assert args.systems == [CARDS[name].checkpoint]
 
 
 def report_of(folder, name, weights):
@@ -208,7 +208,7 @@ def report_of(folder, name, weights):
     home.mkdir(parents=True)
     (home / "settings.json").write_text(json.dumps({"task": "likelihood", "weights": weights}))
     (home / "results.jsonl").write_text('{"piece": "a", "elapsed_s": 2.0}\n{"piece": "b", "elapsed_s": 4.0}\n')
-    row = {"system": CARDS[name][0], "n": 2, "nats_per_note": {"mean": 5.0, "low": 4.0, "high": 6.0, "n": 2}}
+    row = {"system": CARDS[name].checkpoint, "n": 2, "nats_per_note": {"mean": 5.0, "low": 4.0, "high": 6.0, "n": 2}}
     found = {"task": "likelihood", "settings": {"data": [str(folder / "corpus" / "multitrack")], "window": 1024}}
     path = folder / "report.json"
     path.write_text(json.dumps({**found, "rows": [row], "pieces": {"sage-music": [{"piece": "a"}]}}))

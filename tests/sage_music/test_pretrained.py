@@ -5,6 +5,7 @@ import torch
 from test_generation_sage_music import assert_nothing_dropped
 
 from sage_music import PRETRAINED
+from sage_studio import example
 from sage_studio.checkpoints import load
 
 
@@ -35,12 +36,9 @@ def test_two_hundred_samples_are_valid(loaded):
 
 def test_real_music_is_likelier_than_the_same_notes_shuffled(loaded):
     """Four bars of a tune in harmony against the same pitches in another order."""
-    from pathlib import Path
-
     model, tokenizer = loaded
-    examples = Path(__file__).resolve().parents[2] / "examples"
     for name in ("ode_to_joy", "greensleeves", "saints"):
-        ids = torch.tensor([tokenizer.midi_to_ids(examples / f"{name}.mid")])
+        ids = torch.tensor([tokenizer.midi_to_ids(example(name))])
         pitch = torch.tensor([t.startswith("Pitch_") for t in tokenizer.convert_ids_to_tokens(ids[0].tolist())])
         shuffled = ids.clone()
         order = torch.randperm(int(pitch.sum()), generator=torch.Generator().manual_seed(0))

@@ -9,10 +9,9 @@ import pytest
 from conftest import band, notes_of, tiny_perceivers
 
 from perceivers import PerceiverSTokenizer
+from sage_studio import EXAMPLES
 from sage_studio.cli import main
 from sage_studio.music.midi import read_score
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:

@@ -20,12 +20,13 @@ from transformers import pipeline
 import perceivers
 import sage_music
 import sage_studio.pipelines  # noqa: F401 (registers the pipeline)
+from sage_studio import example
 from sage_studio.checkpoints import load
 from sage_studio.cli import main
 from sage_studio.generation.bars import plan_continuation
 from sage_studio.publishing.export import export
 
-PROMPT = Path(__file__).resolve().parents[2] / "examples" / "saints.mid"
+PROMPT = example("saints")
 # Of the command line; and, of the pipeline and the endpoint, by name.
 SHORT = {
     "sage-music": (["--bars", "8"], ["--prompt-bars", "4"], {"prompt_bars": 4, "bars": 8}),

@@ -76,7 +76,7 @@ def environment(name: str, folder: Path) -> Path:
         install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", constraints]
         # PyTorch first: alone, its CPU build is found where there is one.
         subprocess.run([*install, f"torch=={chosen['torch']}"], check=True)
-        subprocess.run([*install, "-e", f"{ROOT}[dev]"], check=True)
+        subprocess.run([*install, "-e", f"{ROOT}[dev]", "-e", ROOT / "weights"], check=True)
         made.write_text(wanted_for, encoding="utf-8")
     return python
 

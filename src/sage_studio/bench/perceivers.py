@@ -32,6 +32,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from perceivers import PerceiverSCache, PerceiverSConfig, PerceiverSForCausalLM
+from sage_studio.errors import install_hint
 from sage_studio.reports import machine, machine_line, markdown
 
 from .decoding import rounded, token_seconds
@@ -39,7 +40,7 @@ from .decoding import rounded, token_seconds
 CONTEXTS = (2048, 8192, 32768)
 PERCEIVERS, PERCEIVERS_ONE = "PerceiverS", "PerceiverS, one scale"
 RIVAL = "perceiver-ar-pytorch"
-RIVAL_ABSENT = f"Without {RIVAL}, which is not installed: pip install {RIVAL}"
+RIVAL_ABSENT = f"Without {RIVAL}, which is not installed: {install_hint(RIVAL)}"
 UNCACHED_TOKENS = 2  # per round: they cost a forward pass each, and one is like the other
 PAPER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 

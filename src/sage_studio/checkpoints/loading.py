@@ -13,14 +13,13 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-import perceivers
-import sage_music
 from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
-from sage_studio.errors import CheckpointError, MissingExtraError
+from sage_studio.errors import CheckpointError, MissingExtraError, install_hint
+from sage_studio.families import FAMILIES, bundled
 
-# The bundled checkpoints by their short names, the default first.
-BUNDLED = {"sage-music": sage_music.PRETRAINED, "perceivers": perceivers.PRETRAINED}
+# The folders of the bundled checkpoints by their short names, the default first; not each need be installed.
+BUNDLED = {family.checkpoint: family.pretrained for family in FAMILIES.values()}
 
 # The classes of a checkpoint by its config's model_type.
 CLASSES = {
@@ -48,12 +47,22 @@ def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, 
     return _load(os.fspath(checkpoint) if checkpoint is not None else next(iter(BUNDLED)), ())
 
 
+def source_of(checkpoint: str) -> str:
+    """The folder of a bundled checkpoint by its short name; any other name as it is.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    if checkpoint not in BUNDLED:
+        return checkpoint
+    if not BUNDLED[checkpoint].is_dir():
+        raise CheckpointError(bundled(checkpoint).absence)
+    return str(BUNDLED[checkpoint])
+
+
 def _load(name: str, adapters: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
     """As `load`; `adapters` are those that this is to be the base model of."""
-    if name in BUNDLED:
-        if not BUNDLED[name].is_dir():
-            raise CheckpointError(f"{name}: the bundled checkpoint is not installed ({BUNDLED[name]} is missing).")
-        name = str(BUNDLED[name])
+    name = source_of(name)
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise CheckpointError(f"{name}: no such folder.")
     with _errors_of(name):
@@ -123,7 +132,7 @@ def _merged(
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     except ImportError as error:
-        raise MissingExtraError(f"{name}: an adapter; it needs PEFT: pip install 'sage-music[peft]'.") from error
+        raise MissingExtraError(f"{name}: an adapter; it needs PEFT: {install_hint('peft')}.") from error
     from .lora import merge_lora
 
     model, tokenizer = load_base()

@@ -7,7 +7,7 @@
     model, tokenizer = load("my-adapter")   # the base model with the adapter merged into it
 
 LoRA (Hu et al. 2021, arXiv 2106.09685) replaces W by W + (alpha / rank) B A with A (rank, in) and B (out, rank), of
-which B begins as zero. Needs PEFT: `pip install 'sage-music[peft]'`.
+which B begins as zero. Needs PEFT.
 
 `save_pretrained` writes PEFT's own format, so that these load it too:
 
@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sage_music.quantization_sage_music import is_int8
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 
 from .loading import BUNDLED
 
@@ -88,7 +88,7 @@ def add_lora(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise MissingExtraError("LoRA needs PEFT: pip install 'sage-music[peft]'.") from error
+        raise MissingExtraError(f"LoRA needs PEFT: {install_hint('peft')}.") from error
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(
             f"rank ({rank}) is 1 at least, alpha ({alpha}) above 0, dropout ({dropout}) from 0 to below 1."

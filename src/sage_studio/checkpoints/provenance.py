@@ -8,17 +8,20 @@ folder of weights, so that a folder that is copied away or a network that is dow
 
 All ancestors, the nearest first. `name` is one of the Hub's or of the bundled checkpoints', never a folder's; `license`
 is null where none is stated; `"seen": false` where it could not be looked at. The nearest notice is copied too.
+
+What is made of weights has a license that all of these allow: `keeps_license`. `carry` writes that of converted ones.
 """
 
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import ModelCardData, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -38,9 +41,16 @@ HTTPError = HfHubHTTPError.__bases__[0]
 
 CARD, NOTICE, RECORD = "README.md", "NOTICE.md", "provenance.json"
 
+# Licenses that derivatives may leave for any other. All that is not here is kept, `other` and `unknown` too.
+PERMISSIVE = frozenset(
+    """apache-2.0 mit afl-3.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 etalab-2.0 isc odc-by openmdw-1.0
+    postgresql ncsa unlicense zlib pddl""".split()
+)
+
 
 class ProvenanceError(ValueError):
-    """A damaged file beside a checkpoint. `str()` names it and says what to do."""
+    """A file beside a checkpoint that is damaged or out of reach. `str()` names it and says what to do."""
 
 
 class OutOfReachError(ProvenanceError):
@@ -91,6 +101,14 @@ def look(place: str, name: str) -> Path | None:
         if found is not None:  # the Hub has said once that there is none
             return None
         raise OutOfReachError(_reason(error)) from error
+
+
+def file_of(place: str, name: str) -> Path | None:
+    """A file of a folder or of a repository on the Hub; None where there is none, or none is to be had."""
+    try:
+        return look(place, name)
+    except OutOfReachError:
+        return None
 
 
 def _reason(error: Exception) -> str:
@@ -192,6 +210,22 @@ def base_of(place: str) -> str | None:
     return str(BUNDLED.get(base, base))
 
 
+def made_from(place: str) -> str | None:
+    """As `base_of`, or else as `provenance.json` says; None where neither tells, or they are out of reach.
+
+    Raises:
+        ProvenanceError: a file is damaged.
+    """
+    try:
+        base = base_of(place)
+        record = read_record(place) if base is None else None
+    except OutOfReachError:
+        return None
+    if record is not None:
+        base = next((row["name"] for row in record[1] if row.get("name")), None)
+    return None if base is None else str(BUNDLED.get(base, base))
+
+
 def read_record(place: str) -> tuple[Path, list[dict]] | None:
     """The `provenance.json` of a checkpoint and the ancestors in it; None where there is none.
 
@@ -227,7 +261,7 @@ def ancestors(origin: str) -> Iterator[Ancestor]:
         if key in known:
             continue
         known.add(key)
-        name = bundled.get(key) if here else place
+        name = bundled.get(key, None if here else place)
         try:
             card, notice = look(place, CARD), look(place, NOTICE)
             record, base = read_record(place), base_of(place)
@@ -242,9 +276,12 @@ def ancestors(origin: str) -> Iterator[Ancestor]:
             continue
         for row in record[1]:
             name = row.get("name")
-            if name in BUNDLED or (name is not None and row.get("seen") is False):
+            unknown = row.get("seen") is False
+            if name in BUNDLED:  # its folder has the notice too, and is looked at where it is installed
+                unknown = BUNDLED[name].is_dir() or row.get("license") is None
+            if unknown and name is not None:
                 todo.append(str(BUNDLED.get(name, name)))
-            elif row.get("seen") is False:
+            elif unknown:
                 yield Ancestor(place, None, source=record[0], unseen="it is a folder that was not found")
             else:
                 known.add(name)  # so that an older folder's word for it needs no network
@@ -283,14 +320,120 @@ def write_record(folder: Path, rows: list[dict], notice: Path | None) -> None:
     write_atomic(folder / RECORD, (json.dumps({"made_from": rows}, indent=1) + "\n").encode())
 
 
+def keeps_license(base: str, chosen: str) -> bool:
+    """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell.
+
+    Only what is known to be permissive lets others follow. A license that some derivatives may leave for a kindred one,
+    such as lgpl-3.0 for gpl-3.0, counts as kept too.
+    """
+    return chosen == base or base in PERMISSIVE
+
+
+def licensed(origin: str) -> Iterator[Ancestor]:
+    """A checkpoint and what it was made from, those of which a license is known.
+
+    Raises:
+        ProvenanceError: a card is damaged; or a license, or the notice that goes with it, could not be looked at.
+    """
+    for ancestor in ancestors(origin):
+        if ancestor.unseen is not None:
+            raise ProvenanceError(
+                f"{_unseen(ancestor, origin)} Make it reachable, or if you know that it allows the license you give: "
+                "--confirm-license."
+            )
+        if ancestor.license is not None:
+            yield ancestor
+
+
+def notice_of(origin: str) -> Path | None:
+    """The nearest `NOTICE.md` of a lineage.
+
+    Raises:
+        ProvenanceError: a file is damaged.
+    """
+    return next((ancestor.notice for ancestor in ancestors(origin) if ancestor.notice is not None), None)
+
+
+def license_of(origin: str) -> tuple[str, Path] | None:
+    """The license that a copy of these weights in another format has, and the file that says so; None: none is known.
+
+    It is the nearest, or the nearest that must be kept where another one before it may not have been chosen. Warns of
+    what could not be looked at.
+
+    Raises:
+        ProvenanceError: a card is damaged.
+    """
+    found = []
+    for ancestor in ancestors(origin):
+        if ancestor.unseen is not None:
+            warnings.warn(f"{_unseen(ancestor, origin)} What is written may lack it.", stacklevel=3)
+        elif ancestor.license is not None:
+            found.append((ancestor.license, ancestor.source))
+    return next((known for known in found if not keeps_license(known[0], "")), found[0] if found else None)
+
+
+def carry(source: str | os.PathLike, folder: Path, converter: str) -> None:
+    """Write into the new `folder` of a converted checkpoint what was known of its `source`: its license and notice.
+
+    That is `provenance.json`, `NOTICE.md` where there is one, and a card with the license, for whoever publishes the
+    folder as it is. Nothing in them names a folder.
+
+    Args:
+        source: what was converted: a folder, a file in one, a Hub name.
+        converter: name of the module.
+
+    Raises:
+        ProvenanceError: a file beside the source is damaged.
+    """
+    origin = os.fspath(source)
+    origin = os.path.dirname(origin) or "." if os.path.isfile(origin) else origin
+    known = license_of(origin)
+    rows, notice = record_of(origin)
+    write_record(folder, rows, notice)
+    if known is None:
+        return
+    license, card = known
+    stated = (front_matter(read_text(card), str(card)) or {}) if card.name != RECORD else {}
+    name = rows[0]["name"] if rows[0]["name"] not in BUNDLED else None
+    more = {key: stated[key] for key in ("license_name", "license_link") if isinstance(stated.get(key), str)}
+    if not more.get("license_link", "http").startswith("http"):  # a file that stays behind
+        del more["license_link"]
+    data = ModelCardData(license=license, base_model=name, **more)
+    text = f"Converted from {name or 'another checkpoint'} by `python -m conversion.{converter}` of sage-music. "
+    text += f"The license of the weights is `{more.get('license_name', license)}`, as before."
+    text += " `NOTICE.md` belongs to it." if notice is not None else ""
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n# A converted checkpoint\n\n{text}\n", encoding="utf-8")
+
+
+def _unseen(ancestor: Ancestor, origin: str) -> str:
+    """That the license of an ancestor is out of reach, and why."""
+    what = f"{ancestor.place}, which these weights were made from"
+    if ancestor.source is not None:
+        what = f"a folder that {ancestor.place} was made from"
+    elif ancestor.place == origin:
+        what = origin
+    return f"{what}: its license could not be looked at ({ancestor.unseen})."
+
+
 __all__ = [
+    "CARD",
+    "NOTICE",
+    "PERMISSIVE",
+    "RECORD",
     "Ancestor",
     "OutOfReachError",
     "ProvenanceError",
     "ancestors",
     "base_of",
+    "carry",
+    "file_of",
     "front_matter",
+    "keeps_license",
+    "license_of",
+    "licensed",
     "look",
+    "made_from",
+    "notice_of",
     "read_mapping",
     "read_record",
     "read_text",

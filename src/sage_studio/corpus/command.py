@@ -118,7 +118,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizer":
     else:
         what = f"a {kind}" if kind else "no tokenizer_config.json"
         raise ValueError(f"{name}: has {what}; a SageMusicTokenizer or a PerceiverSTokenizer is needed.")
-    source = family.PRETRAINED if name in ("sage-music", "perceivers") else name
+    try:
+        source = family.PRETRAINED if name in ("sage-music", "perceivers") else name
+    except ModuleNotFoundError as error:  # the weights are a package of their own
+        raise ValueError(str(error)) from error
     try:
         return getattr(family, kind).from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:

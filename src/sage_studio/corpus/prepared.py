@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 from sage_studio.files import SPLITS, midi_files, write_atomic
 
 from .encoding import SIZE_LIMIT, MidiTokenizer
@@ -168,7 +168,7 @@ def default_cache() -> Path:
     try:
         from datasets import config
     except ImportError as error:
-        raise MissingExtraError("a corpus needs datasets: pip install 'sage-music[train]'.") from error
+        raise MissingExtraError(f"a corpus needs datasets: {install_hint('datasets')}.") from error
     return Path(config.HF_DATASETS_CACHE) / CACHE
 
 

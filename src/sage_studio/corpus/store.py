@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 
 from .encoding import (
     SIZE_LIMIT,
@@ -55,7 +55,7 @@ class TokenStore:
         try:
             import pyarrow as pa
         except ImportError as error:
-            raise MissingExtraError("a corpus needs datasets: pip install 'sage-music[train]'.") from error
+            raise MissingExtraError(f"a corpus needs datasets: {install_hint('datasets')}.") from error
         self.folder = Path(folder) / tokenizer_key(tokenizer)[:16]
         self.schema = pa.schema(
             {

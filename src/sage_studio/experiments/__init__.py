@@ -41,9 +41,12 @@ def run_command(args: argparse.Namespace) -> dict:
         MissingExtraError: accelerate or matplotlib is not installed; nothing has been done then.
         ValueError, OSError, StudyError: as `sage_studio.experiments.runner.run`.
     """
+    from sage_studio.errors import install_hint
+
     # Before an hour of training, and before the runner, whose imports need `Trainer`.
     if importlib.util.find_spec("accelerate") is None:
-        raise MissingExtraError("studies train models, with accelerate: pip install 'sage-music[train,plot]'.")
+        command = install_hint("accelerate", "datasets", "tensorboard", "matplotlib")
+        raise MissingExtraError(f"studies train models, with accelerate: {command}.")
     plotting()
 
     from .runner import run

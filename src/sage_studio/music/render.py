@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from symusic import Note, Score
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 from sage_studio.files import write_atomic
 
 from .midi import bar_times, notes_from_score
@@ -37,7 +37,7 @@ def find_soundfont() -> Path:
     path = Path(spec.origin).parent / SOUNDFONT if spec is not None else None
     if path is None or not path.is_file():
         raise MissingExtraError(
-            "audio needs a SoundFont: pip install pretty_midi, which holds one, "
+            f"audio needs a SoundFont: {install_hint('pretty_midi')}, which holds one, "
             "or set SAGE_MUSIC_SOUNDFONT to an .sf2 or .sf3."
         )
     return path
@@ -130,7 +130,7 @@ def render_piano_roll(
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch, Rectangle
     except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'sage-music[plot]'.") from error
+        raise MissingExtraError(f"pictures need matplotlib: {install_hint('matplotlib')}.") from error
 
     notes, bars = notes_from_score(score), bar_times(score)
     total = end_s(notes)

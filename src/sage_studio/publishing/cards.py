@@ -7,13 +7,16 @@ that names the field, before anything is written or sent.
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from sage_studio.checkpoints.provenance import ProvenanceError, front_matter
+from sage_studio.checkpoints.provenance import ProvenanceError, front_matter, read_mapping
+from sage_studio.families import family_of
 
 # License identifiers that the Hub knows (its documentation, "Licenses").
 LICENSES = frozenset(
@@ -43,17 +46,12 @@ TASKS = frozenset(
     zero-shot-object-detection""".split()
 )
 
-# Licenses that derivatives may leave for any other. All that is not here is kept, `other` and `unknown` too.
-PERMISSIVE = frozenset(
-    """apache-2.0 mit afl-3.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 etalab-2.0 isc odc-by openmdw-1.0
-    postgresql ncsa unlicense zlib pddl""".split()
-)
-
 # What a card's examples load, as the export writes it: the name of a repository.
 LOADED = re.compile(r"""pipeline\(\s*["']midi-continuation["'],\s*(?:model=)?["']([\w.-]+/[\w.-]+)["']""")
 # What a card says where the repository has no name yet.
 PLACEHOLDER = "USER/NAME"
+TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+LENGTHS = {"bars": "prompt_bars=4, bars=16", "seconds": "prompt_seconds=20, seconds=60"}  # of its example
 
 # Fields that are one word or one line.
 TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "new_version", "thumbnail")
@@ -163,15 +161,6 @@ def _is_repo_id(value) -> bool:
     return True
 
 
-def keeps_license(base: str, chosen: str) -> bool:
-    """Whether weights derived from others of license `base` may have the license `chosen`, as far as names tell.
-
-    Only what is known to be permissive lets others follow. A license that some derivatives may leave for a kindred one,
-    such as lgpl-3.0 for gpl-3.0, counts as kept too.
-    """
-    return chosen == base or base in PERMISSIVE
-
-
 def named(text: str, repo_id: str) -> str:
     """A card of the repository `repo_id`: instead of the placeholder, and in blocks of code of another one's name."""
     text = text.replace(PLACEHOLDER, repo_id)
@@ -203,70 +192,66 @@ def make_card(
 
     It shows the samples beside it, between marks that `without_samples` knows.
     """
-    perceivers = config.model_type == "perceivers"
-    family, paper = ("PerceiverS", "2411.08307") if perceivers else ("SAGE-Music", "2510.00395")
+    family = family_of(config)
     data = ModelCardData(
         license=license,
         license_name=license_name,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "midi",
-            "music-generation",
-            "symbolic-music",
-            *(["piano", "perceivers"] if perceivers else ["sage-music"]),
-        ],
+        tags=["midi", "music-generation", "symbolic-music", *family.tags],
         base_model=base_model,
         datasets=list(datasets) or None,
         # It ends with a space: the stock pipeline puts what is new right behind it, and spaces part tokens.
-        widget=[{"text": "BOS " if perceivers else "BOS_None Bar_None TimeSig_4/4 ", "example_title": "From nothing"}],
+        widget=[{"text": family.widget, "example_title": "From nothing"}],
         model_name=title,
         eval_results=_results(report),
     )
-    asked = "prompt_seconds=20, seconds=60" if perceivers else "prompt_bars=4, bars=16"
-    about = [
-        "A model of expressive piano performance: it continues the beginning of a MIDI file."
-        if perceivers
-        else "A model of multi-track music: it continues the beginning of a MIDI file.",
-        f"The architecture is {family} ([arXiv {paper}](https://arxiv.org/abs/{paper})).",
-    ]
-    if base:
-        about.append(f"Its training began with the weights of {base}.")
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{' '.join(about)}",
-        f"""```python
-from transformers import pipeline
-
-pipe = pipeline("midi-continuation", model="{repo_id}", trust_remote_code=True)
-music = pipe("prompt.mid", {asked}, seed=0)
-with open("continuation.mid", "wb") as file:
-    file.write(music["midi"])
-```
-
-`trust_remote_code=True` runs the code in this repository: read it, and pin a `revision`. It needs
-`pip install -r requirements.txt`.""",
-    ]
-    parts.append(
-        "<!-- samples -->\n![The prompt and its continuation](samples/continuation.png)\n\n"
-        "[Prompt](samples/prompt.mid) · [continuation, MIDI](samples/continuation.mid) · "
-        "[continuation, audio](samples/continuation.wav)\n<!-- /samples -->"
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        metadata=data.to_yaml(),
+        title=title,
+        repo_id=repo_id,
+        about=family.about,
+        family=family.name,
+        paper=family.paper,
+        began=f" Its training began with the weights of {base}." if base else "",
+        lengths=LENGTHS[family.unit],
+        sections="\n\n".join([_model_section(config), *([_training_section(report)] if report else [])]),
+        limits=family.limits,
+        license=license_name or license,
     )
-    parts.append(_model_section(config))
-    if report:
-        parts.append(_training_section(report))
-    parts.append(
-        f"""## Limits
 
-It knows the music that it was trained on, and no other; it may repeat parts of it. {
-            "Pedal is folded into durations, and times are on a grid of 10 ms."
-            if perceivers
-            else "Times are on the grid of its tokens; controllers, pitch bend and pedal have none."
-        }
 
-The license of the weights is
-`{license_name or license}`; the code in this repository is Apache-2.0."""
-    )
-    return "\n\n".join(parts) + "\n"
+def read_report(origin: str) -> dict | None:
+    """The `report.json` that `sage-music train` leaves beside `best/` and `adapter/`; None where there is none.
+
+    It is of these two alone: a run's checkpoints have seen fewer steps, and other figures.
+
+    Raises:
+        ProvenanceError: it is not as training writes it, or a figure is not finite.
+    """
+    folder = Path(origin).resolve()
+    path = folder.parent / "report.json"
+    if not folder.is_dir() or folder.name not in ("best", "adapter") or not path.is_file():
+        return None
+    report = read_mapping(path)
+    corpus = report.get("corpus", {})
+    splits = corpus.get("splits", {}) if isinstance(corpus, dict) else None
+    rows = list(splits.values()) if isinstance(splits, dict) else [None]
+    optional = ("trainable_parameters", "steps", "eval_nats_per_note", "nats_per_note_before")
+    numbers = [report.get("parameters"), *(report[name] for name in optional if report.get(name) is not None)]
+    if all(isinstance(row, dict) for row in rows):
+        numbers += [row.get(name, 0) for row in rows for name in ("pieces", "notes", "tokens")]
+    else:
+        numbers.append(None)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        raise ProvenanceError(f"{path}: not the report of a training run: mend it, or put it away.")
+    if not all(map(math.isfinite, numbers)):
+        wrong = next((name for name in optional if not math.isfinite(report.get(name) or 0)), "a number in it")
+        raise ProvenanceError(
+            f"{path}: {wrong} is not finite. Did the training diverge? To publish the weights without these figures, "
+            "put the file away."
+        )
+    return report
 
 
 def without_samples(text: str) -> str:
@@ -282,9 +267,9 @@ def _model_section(config: PreTrainedConfig) -> str:
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings:,} tokens",
     }
-    if config.model_type == "perceivers":
+    if hasattr(config, "num_latents"):
         rows["latents"] = f"{config.num_latents:,}"
-    else:
+    if hasattr(config, "kv_routing"):
         rows["attention"] = f'`kv_routing="{config.kv_routing}"`'
     return "## Model\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
@@ -332,8 +317,8 @@ __all__ = [
     "PLACEHOLDER",
     "CardError",
     "check_card",
-    "keeps_license",
     "make_card",
     "named",
+    "read_report",
     "without_samples",
 ]

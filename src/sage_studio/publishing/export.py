@@ -1,6 +1,6 @@
 """A checkpoint as a complete Hub repository: one folder that works where this package is not installed.
 
-    python -m sage_studio.publishing.export sage-music out/sage-music-6m --repo-id user/sage-music-6m
+    sage-music export sage-music out/sage-music-6m --repo-id user/sage-music-6m
 
 In it: weights, config and tokenizer with the maps that Transformers loads remote code by, generation config, the
 family's Hub files and the modules of its pipeline made flat, `handler.py` for an inference endpoint with its
@@ -8,7 +8,6 @@ family's Hub files and the modules of its pipeline made flat, `handler.py` for a
 not at all; an older export in its place is replaced, unless that would lose what was changed in it by hand.
 """
 
-import argparse
 import fnmatch
 import hashlib
 import json
@@ -16,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,32 +25,36 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
 
+from sage_studio import example, families
 from sage_studio.checkpoints.loading import BUNDLED, load
+from sage_studio.checkpoints.provenance import (
+    CARD,
+    NOTICE,
+    OutOfReachError,
+    ancestors,
+    file_of,
+    keeps_license,
+    licensed,
+    look,
+    made_from,
+    notice_of,
+    read_mapping,
+    read_text,
+)
 from sage_studio.errors import MissingExtraError
-from sage_studio.families import FAMILIES
-from sage_studio.generation.bars import continue_score
-from sage_studio.generation.seconds import continue_performance
 from sage_studio.music.midi import write_midi
 from sage_studio.music.render import render_piano_roll, render_wav
 
-from .cards import PLACEHOLDER, check_card, keeps_license, make_card, named, without_samples
-from .flattening import ROOT, SRC, flatten, project, version
-from .licences import (
-    TASK,
-    ExportError,
-    base_of,
-    bundled_name,
-    file_of,
-    is_there,
-    licenses_of,
-    lineage,
-    notice_of,
-    own_card,
-    pipeline_module,
-    read_mapping,
-    read_report,
-    read_text,
-)
+from .cards import PLACEHOLDER, check_card, make_card, named, read_report, without_samples
+from .distribution import PACKAGES, license_text, requirements, version
+from .flattening import flatten
+
+TASK = "midi-continuation"
+
+
+class ExportError(ValueError):
+    """A checkpoint that cannot be exported as asked. `str()` says what to do."""
+
 
 # The file and the class of a repository's own pipeline. It gives `ContinuationPipeline` the functions that an installed
 # package finds by the names in `families`.
@@ -69,8 +72,6 @@ class {name}(ContinuationPipeline):
     together = staticmethod({together_name})
 """
 
-# The piece that samples continue: of a band, or without drums for a pianist.
-PROMPTS = {"sage_music": "ode_to_joy.mid", "perceivers": "greensleeves.mid"}
 SAMPLE_RATE = 22_050  # half of a CD's, so that a page plays it soon
 
 # Names that an export's files may have; a folder with others is neither replaced nor sent.
@@ -78,7 +79,7 @@ OWN_NAMES = ("model.safetensors", "model-?????-of-?????.safetensors", "model.saf
 OWN_NAMES += ("config.json", "generation_config.json", "tokenizer_config.json", "miditok.json", "handler.py")
 OWN_NAMES += ("requirements.txt", "README.md", "LICENSE", "LICENSE-CODE", "NOTICE.md")
 # Of code: the Hub files that there are, for `train_sage_music.py` is somebody's own, and whatever was made flat.
-OWN_NAMES += (*(path.name for family in FAMILIES for path in sorted((SRC / family).glob(f"*_{family}.py"))),)
+OWN_NAMES += (*(path.name for name in families.FAMILIES for path in sorted((PACKAGES / name).glob(f"*_{name}.py"))),)
 OWN_NAMES += ("sage_studio_*.py", f"{PIPELINE[0]}.py")
 SAMPLES = ("samples/prompt.mid", *(f"samples/continuation.{kind}" for kind in ("mid", "wav", "png")))
 # What Python, a download and the Hub leave in it.
@@ -132,9 +133,10 @@ def export(
     Raises:
         CheckpointError: the checkpoint does not load.
         CardError: the card's metadata is wrong; the message names the field.
-        ExportError: the folder holds something else, or an export that was changed since; a file beside the checkpoint
-            is damaged; its context is too short for the samples; or the license is unknown or not what the weights'
-            own, or that of those that they were made from, allows.
+        ExportError: the folder holds something else, or an export that was changed since; the context is too short for
+            the samples; or the license is unknown or not what the weights' own, or that of those that they were made
+            from, allows.
+        ProvenanceError: a file beside the checkpoint is damaged, or a license out of reach.
         FlatteningError: a module that the pipeline needs cannot travel.
         MissingExtraError: samples need extras that are not installed.
     """
@@ -166,19 +168,39 @@ def export(
         write_code(model.config.model_type, folder)
         _write_weights(model, origin, folder, max_shard_size)
         _write_tokenizer(tokenizer, model.config.model_type, folder)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8")
         _write_own_license(origin, chosen, folder, confirm_license)
         notice = notice_of(origin)
         if notice is not None:
-            shutil.copyfile(notice, folder / "NOTICE.md")
-        sums = _sums(folder)
-        changed = _changed(output) if output.exists() and not replace else {}
-        _check_kept(output, changed, sums)
-        # What came from somebody's hand still does after an export that kept it.
-        record = {name: found for name, found in sums.items() if name not in changed or not _recorded(output)}
-        (folder / RECORD).parent.mkdir(parents=True)
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(notice, folder / NOTICE)
+        _write_record(folder, output, replace)
     return output
+
+
+def write_copy(exported: Path, repo_id: str, put: Callable[[Path, Path], object], folder: Path) -> None:
+    """An export's files in an empty folder, each `put` there from its place; its card has the repository's name in it.
+
+    Raises:
+        ExportError: there are other things in the folder of the export.
+    """
+    for name in own_files(exported):
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if name == CARD:
+            place.write_text(named((exported / name).read_text(encoding="utf-8"), repo_id), encoding="utf-8")
+        else:
+            put((exported / name).resolve(), place)
+
+
+def pipeline_module(origin: str) -> str | None:
+    """The file of the custom pipeline that a checkpoint's config names; None where it names none of ours."""
+    path = file_of(origin, "config.json")
+    try:
+        impl = read_mapping(path)["custom_pipelines"][TASK]["impl"]
+        module = impl.split(".")[0]
+    except (AttributeError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return module if file_of(origin, f"{module}.py") is not None else None
 
 
 def is_export(folder: str | os.PathLike) -> bool:
@@ -248,6 +270,17 @@ def _changed(folder: Path) -> dict[str, str]:
     return {name: found for name, found in _sums(folder).items() if found != known.get(name)}
 
 
+def _write_record(folder: Path, older: Path, replace: bool) -> None:
+    """Write the sums of a new export's files, unless by taking the place of an `older` one it would lose work."""
+    sums = _sums(folder)
+    changed = _changed(older) if older.exists() and not replace else {}
+    _check_kept(older, changed, sums)
+    # What came from somebody's hand still does after an export that kept it.
+    record = {name: found for name, found in sums.items() if name not in changed or not _recorded(older)}
+    (folder / RECORD).parent.mkdir(parents=True)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def _check_kept(older: Path, changed: dict[str, str], fresh: dict[str, str]) -> None:
     """Refuse to lose what was `changed` in an export since it was written; `fresh` are the sums of its successor."""
     lost = [name for name, found in changed.items() if found != fresh.get(name)]
@@ -276,10 +309,24 @@ def check_repo_id(repo_id: str) -> None:
         raise ExportError(f"{repo_id!r} is no name on the Hub: write user/name.")
 
 
+def export_again(exported: str | os.PathLike, output: str | os.PathLike, repo_id: str) -> Path:
+    """Write an export into another folder, with the name of a repository in its card. Returns the folder.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    output = Path(output).resolve()
+    check_replaceable(output)
+    with _written_whole(output) as folder:
+        write_copy(Path(exported), repo_id, shutil.copyfile, folder)
+        _write_record(folder, output, replace=False)
+    return output
+
+
 def write_code(model_type: str, folder: Path) -> None:
     """The family's Hub files, its pipeline made flat, the handler and what they need installed, and their licence."""
-    family = FAMILIES[model_type]
-    for path in sorted((SRC / model_type).glob(f"*_{model_type}.py")):
+    family = families.family_of(model_type)
+    for path in sorted((PACKAGES / model_type).glob(f"*_{model_type}.py")):
         shutil.copyfile(path, folder / path.name)
     paths = {field: getattr(family, field).partition(":") for field in ("plan", "together")}
     modules = ["sage_studio.pipelines.continuation", *(module for module, _, _ in paths.values())]
@@ -291,28 +338,24 @@ def write_code(model_type: str, folder: Path) -> None:
     text = PIPELINE_TEXT.format(version=version(), model_type=model_type, name=pipeline, **names)
     (folder / f"{file}.py").write_text(text, encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("handler.py"), folder / "handler.py")
-    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
-    about = project()
-    needed = [*about["dependencies"], *about["optional-dependencies"]["audio"]]
-    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+    (folder / "LICENSE").write_text(license_text(), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(requirements("audio")) + "\n", encoding="utf-8")
 
 
 def write_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: Path) -> None:
     """A prompt, its continuation as MIDI, sound and picture: what a reader of the card sees and hears first."""
-    prompt, threads = ROOT / "examples" / PROMPTS[model.config.model_type], torch.get_num_threads()
+    family, threads = families.family_of(model), torch.get_num_threads()
+    prompt = example(family.example)
     torch.set_num_threads(1)  # as fast where a model is small, and the same music on every machine of its kind
     try:
-        if model.config.model_type == "perceivers":
-            music = continue_performance(model, tokenizer, prompt, prompt_s=11.0, music_s=16.0, seed=0)
-        else:
-            music = continue_score(model, tokenizer, prompt, prompt_bars=4, bars=8, seed=0)
+        music = family.load("plan")(model, tokenizer, prompt, seed=0, **family.sample).write()
     finally:
         torch.set_num_threads(threads)
     folder.mkdir()
     shutil.copyfile(prompt, folder / "prompt.mid")
     write_midi(folder / "continuation.mid", music.score)
     render_wav(folder / "continuation.wav", music.score, sample_rate=SAMPLE_RATE)
-    in_seconds = model.config.model_type == "perceivers"
+    in_seconds = not family.counts_bars
     render_piano_roll(folder / "continuation.png", music.score, music.prompt_end_s, in_seconds=in_seconds)
 
 
@@ -322,12 +365,11 @@ def _write_own_license(origin: str, chosen: str, folder: Path, confirmed: bool) 
     It is their own, or that of weights that they were made from and whose license they keep: not where only the
     caller's word says so.
     """
-    codes = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
-    kept = {origin}
-    if not confirmed:
-        kept |= {ancestor for ancestor, known, _ in licenses_of(origin) if known == chosen}
-    for ancestor in lineage(origin):
-        found = next(filter(None, (file_of(ancestor, name) for name in LICENSE_NAMES if ancestor in kept)), None)
+    codes = license_text().split()
+    known = [] if confirmed else licensed(origin)
+    kept = {origin, *(ancestor.place for ancestor in known if ancestor.license == chosen)}
+    for place in dict.fromkeys(ancestor.place for ancestor in ancestors(origin)):
+        found = next(filter(None, (file_of(place, name) for name in LICENSE_NAMES if place in kept)), None)
         # An older export's is the code's.
         if found is not None and read_text(found).split() != codes:
             (folder / "LICENSE").rename(folder / "LICENSE-CODE")
@@ -337,7 +379,7 @@ def _write_own_license(origin: str, chosen: str, folder: Path, confirmed: bool) 
 
 def _write_weights(model: PreTrainedModel, origin: str, folder: Path, max_shard_size: str) -> None:
     """Weights, config and generation config; each tensor in the type that it has in the checkpoint."""
-    model_type, family = model.config.model_type, FAMILIES[model.config.model_type]
+    model_type, family = model.config.model_type, families.family_of(model)
     stored = _stored_dtypes(origin)
     for key, weight in model.named_parameters():
         # A model is loaded in one type. Narrower ones, such as a draft head's, come back where nothing is lost.
@@ -371,7 +413,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizer, model_type: str, folder: Pa
     settings = json.loads(path.read_text(encoding="utf-8"))
     # How it was loaded here is nobody's business.
     settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
-    reference = f"tokenization_{model_type}.{FAMILIES[model_type].prefix}Tokenizer"
+    reference = f"tokenization_{model_type}.{families.family_of(model_type).prefix}Tokenizer"
     settings["auto_map"] = {"AutoTokenizer": [reference, None]}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -385,7 +427,7 @@ def _stored_dtypes(origin: str) -> dict[str, torch.dtype]:
     elif index is not None:
         files = [file_of(origin, shard) for shard in sorted(set(read_mapping(index)["weight_map"].values()))]
     else:
-        base = base_of(origin)
+        base = made_from(origin)
         return {} if base is None else _stored_dtypes(base)
     found = {}
     for path in filter(None, files):
@@ -399,17 +441,21 @@ def _stored_dtypes(origin: str) -> dict[str, torch.dtype]:
 
 def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dict) -> str:
     """The card to write, with the placeholder for the repository's name where it is made here."""
-    card = own_card(origin) if card is None else Path(card)
+    bundled = _bundled(origin)
+    if card is not None:
+        card = Path(card)
+    elif bundled is not None or pipeline_module(origin) is not None:  # one of ours, or an export of one
+        card = file_of(origin, CARD)
     if card is not None:
         given = [name for name, value in facts.items() if value]
         if given:
             raise ExportError(f"{given[0]} is for a card that is made; this checkpoint's is {card}: change it there.")
         return read_text(card)
-    license = facts["license"] or next((known for _, known, _ in licenses_of(origin)), None)
+    license = facts["license"] or next((ancestor.license for ancestor in licensed(origin)), None)
     if license is None:
         raise ExportError(f"{origin}: the license of these weights is not known: give --license, such as apache-2.0.")
-    base = base_of(origin)
-    if base is not None and not facts["base_model"] and not is_there(base):
+    base = made_from(origin)
+    if base is not None and not facts["base_model"] and not _is_there(base):
         print(
             f"note: {base}, which these weights were made from, is no folder here and was not found on the Hub: the "
             "card does not name it. --base-model does.",
@@ -417,14 +463,18 @@ def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dic
         )
         base = None
     on_hub = base is not None and not os.path.isdir(base)
-    bundled = bundled_name(base)
+    bundled = _bundled(base)
+    if bundled is not None:
+        began = f"`{bundled.pretrained.name}`, which the package {bundled.distribution or 'sage-music'} ships"
+    else:
+        began = f"`{base}`" if on_hub else None
     return make_card(
         title,
         PLACEHOLDER,
         model.config,
         license,
         license_name=facts["license_name"],
-        base=f"`{bundled}`, which the package sage-music ships" if bundled else f"`{base}`" if on_hub else None,
+        base=began,
         base_model=facts["base_model"] or (base if on_hub else None),
         datasets=facts["datasets"],
         report=read_report(origin),
@@ -433,12 +483,28 @@ def _card_text(origin: str, model: PreTrainedModel, title: str, card, facts: dic
 
 def _check_license(license: str, origin: str) -> None:
     """Weights have a license that theirs, and those of all that they were made from, allow."""
-    for ancestor, known, card in licenses_of(origin):
-        if not keeps_license(known, license):
+    for ancestor in licensed(origin):
+        if not keeps_license(ancestor.license, license):
+            bundled = _bundled(ancestor.place)
+            name = bundled.pretrained.name if bundled else ancestor.name or ancestor.place
             raise ExportError(
-                f"license {license}: the weights of {bundled_name(ancestor) or ancestor} are {known} (so says {card}), "
-                "and what is made of them keeps that license. If you have their owner's leave: --confirm-license."
+                f"license {license}: the weights of {name} are {ancestor.license} (so says {ancestor.source}), and "
+                "what is made of them keeps that license. If you have their owner's leave: --confirm-license."
             )
+
+
+def _bundled(place: str | None) -> families.Family | None:
+    """The family whose bundled checkpoint lies in a folder."""
+    found = families.FAMILIES.values() if place is not None else ()
+    return next((family for family in found if family.pretrained.resolve() == Path(place).resolve()), None)
+
+
+def _is_there(name: str) -> bool:
+    """Whether a checkpoint's name is a folder's, or one that the Hub knows."""
+    try:
+        return os.path.isdir(name) or any(look(name, file) for file in ("config.json", "adapter_config.json"))
+    except OutOfReachError:
+        return False
 
 
 @contextmanager
@@ -467,53 +533,17 @@ def _written_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def add_card_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that `push_to_hub` has too."""
-    add = parser.add_argument
-    add("--card", help="model card to take (default: the bundled checkpoint's, or one that is made)")
-    add("--license", help="license of the weights, such as apache-2.0 (default: the base's, where known)")
-    add("--license-name", help="its name, with --license other")
-    add(
-        "--confirm-license",
-        action="store_true",
-        help="take the license on your word, though another checkpoint's that these weights were made from is another "
-        "one, or out of reach",
-    )
-    add("--base-model", help="name on the Hub of the checkpoint that these weights were made from")
-    add("--datasets", nargs="+", default=(), metavar="NAME", help="names on the Hub of the training data")
-    add("--max-shard-size", default="5GB", help="of one file of weights (default: %(default)s)")
-    add("--no-samples", action="store_true", help="leave out the sample and its sound and picture")
-
-
-def card_options(options: argparse.Namespace) -> dict:
-    """The keywords of `export` that `add_card_arguments` has options for."""
-    names = ("card", "license", "license_name", "base_model", "datasets", "max_shard_size", "confirm_license")
-    return {name: getattr(options, name) for name in names} | {"samples": not options.no_samples}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sage_studio.publishing.export", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="sage-music, perceivers, a checkpoint's or an adapter's folder, a Hub name")
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument("--repo-id", help="name on the Hub, user/name, for the card's examples")
-    parser.add_argument("--replace", action="store_true", help="an older export even if files in it were changed since")
-    add_card_arguments(parser)
-    options = parser.parse_args(argv)
-    try:
-        folder = export(
-            options.checkpoint,
-            options.output,
-            repo_id=options.repo_id,
-            replace=options.replace,
-            **card_options(options),
-        )
-    except (ValueError, OSError, MissingExtraError) as error:
-        print(f"export_hub: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    sizes = [(folder / name).stat().st_size for name in own_files(folder)]
-    print(f"wrote {options.output} ({len(sizes)} files, {sum(sizes) / 1e6:.1f} MB)")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+__all__ = [
+    "TASK",
+    "ExportError",
+    "check_replaceable",
+    "check_repo_id",
+    "export",
+    "export_again",
+    "is_export",
+    "is_own",
+    "own_files",
+    "write_code",
+    "write_copy",
+    "write_samples",
+]

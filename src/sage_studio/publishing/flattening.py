@@ -16,12 +16,10 @@ names file and line; nothing else in a file is changed.
 import ast
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-SRC = ROOT / "src"
+from .distribution import PACKAGES, version
 
 # What an import may name besides the standard library and siblings: what a model's repository can count on. Anything
 # else stands in a `try` that catches ImportError, which Transformers' check of requirements passes over.
@@ -38,7 +36,7 @@ class FlatteningError(ValueError):
         super().__init__(f"{path.name}, line {line}: {reason}")
 
 
-def flatten(modules: Sequence[str], family: str, source: Path = SRC) -> dict[str, str]:
+def flatten(modules: Sequence[str], family: str, source: Path = PACKAGES) -> dict[str, str]:
     """Flat files of modules of one package, and of all modules of that package that they need.
 
     Args:
@@ -70,16 +68,6 @@ def flatten(modules: Sequence[str], family: str, source: Path = SRC) -> dict[str
         files[flat] = f"{_header(name)}\n{text}"
         waiting += needed
     return dict(sorted(files.items()))
-
-
-def version() -> str:
-    """The project's version."""
-    return project()["version"]
-
-
-def project() -> dict:
-    """The table `project` of pyproject.toml."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def _header(module: str) -> str:
@@ -123,7 +111,7 @@ def _flatten_file(path: Path, module: str, family: str, source: Path) -> tuple[s
                 raise FlatteningError(path, node.lineno, f"`from {target} import` {what}")
             sibling = target.replace(".", "_")
             needed.append(target)
-        elif (source / owner).is_dir():
+        elif owner not in PROVIDED and node not in optional and (source / owner).is_dir():
             raise FlatteningError(path, node.lineno, f"`from {target} import`: of packages, only {family} travels.")
         else:
             _check_provided(path, node, target, optional)
@@ -168,4 +156,4 @@ def _check_provided(path: Path, node: ast.stmt, name: str, optional: set[ast.AST
         )
 
 
-__all__ = ["FlatteningError", "flatten", "project", "version"]
+__all__ = ["FlatteningError", "flatten"]

@@ -1,6 +1,6 @@
 """A checkpoint, or an export of one, to the Hub.
 
-    python -m sage_studio.publishing.push sage-music user/sage-music-6m --private
+    sage-music push sage-music user/sage-music-6m --private
 
 What `publishing.export` writes is checked, then sent in one commit; other things in the folder are refused. An
 upload that was interrupted is resumed by the same command: what has arrived is not sent again. Of an older export on
@@ -8,25 +8,20 @@ the Hub no file stays that the new one has not; files that are no export's stay.
 login`, of `HF_TOKEN` or of `--token`, and is never printed.
 """
 
-import argparse
 import glob
 import inspect
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import disable_progress_bars, logging
 
-from sage_studio.errors import MissingExtraError
-
-from .cards import check_card, named
-from .export import add_card_arguments, card_options, check_repo_id, export, is_export, is_own, own_files
+from .cards import check_card
+from .export import check_repo_id, export, export_again, is_export, is_own, write_copy
 
 # httpx's or httpx2's, whichever huggingface_hub is built on.
 HTTPError = HfHubHTTPError.__bases__[0]
@@ -64,19 +59,17 @@ def push(
 
     Raises:
         PushError: no token, a wrong one, one that may not write there, a repository that exists, no network.
-        CardError, ExportError, CheckpointError, MissingExtraError: as `export`, before anything is sent.
+        CardError, ExportError, ProvenanceError, CheckpointError, MissingExtraError: as `export`, before anything is
+            sent.
     """
     check_repo_id(repo_id)
-    ready = is_export(checkpoint)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
-    given = [name for name, value in options.items() if value != defaults.get(name)]
-    if ready and given:
-        raise PushError(f"{given[0]} is for an export that is made; {checkpoint} is one already: export it anew.")
+    ready = _is_ready(checkpoint, options)
     api, user = _logged_in(token)
     with tempfile.TemporaryDirectory(prefix="sage-music-push-") as scratch, _errors_of(repo_id, user):
         folder = Path(checkpoint) if ready else export(checkpoint, Path(scratch, "export"), repo_id=repo_id, **options)
         check_card((folder / "README.md").read_text(encoding="utf-8"))
-        staged = _staged(folder, Path(scratch, "staged"), repo_id)
+        staged = Path(scratch, "staged")
+        write_copy(folder, repo_id, os.symlink, staged)
         _make_repository(api, repo_id, private, exist_ok)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -89,6 +82,34 @@ def push(
             delete_patterns=[glob.escape(name) for name in older],
         )
     return info.oid
+
+
+def write_repository(checkpoint: str | os.PathLike, repo_id: str, output: str | os.PathLike, **options) -> Path:
+    """Write what `push` would send into a folder: the complete repository. It needs neither token nor network.
+
+    Args:
+        checkpoint, repo_id, options: of `push`.
+        output: as that of `export`.
+
+    Raises:
+        PushError, CardError, ExportError, ProvenanceError, CheckpointError, MissingExtraError: as `push`.
+    """
+    check_repo_id(repo_id)
+    if not _is_ready(checkpoint, options):
+        return export(checkpoint, output, repo_id=repo_id, **options)
+    check_card(Path(checkpoint, "README.md").read_text(encoding="utf-8"))
+    return export_again(checkpoint, output, repo_id)
+
+
+def _is_ready(checkpoint: str | os.PathLike, options: dict) -> bool:
+    """Whether a checkpoint is an export already, which takes no options of one."""
+    if not is_export(checkpoint):
+        return False
+    defaults = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
+    given = [name for name, value in options.items() if value != defaults.get(name)]
+    if given:
+        raise PushError(f"{given[0]} is for an export that is made; {checkpoint} is one already: export it anew.")
+    return True
 
 
 def _logged_in(token: str | None) -> tuple[HfApi, str]:
@@ -104,23 +125,6 @@ def _logged_in(token: str | None) -> tuple[HfApi, str]:
     if found.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(f"the token of {found['name']} may only read: make one that may write.")
     return api, found["name"]
-
-
-def _staged(folder: Path, staged: Path, repo_id: str) -> Path:
-    """Links to an export's files, and its card with the repository's name in it.
-
-    Raises:
-        ExportError: there are other things in the folder.
-    """
-    for name in own_files(folder):
-        place = staged / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to((folder / name).resolve())
-    card = staged / "README.md"
-    text = card.read_text(encoding="utf-8")
-    card.unlink()
-    card.write_text(named(text, repo_id), encoding="utf-8")
-    return staged
 
 
 def _make_repository(api: HfApi, repo_id: str, private: bool, exist_ok: bool) -> None:
@@ -158,7 +162,7 @@ def _errors_of(what: str, user: str | None) -> Iterator[None]:
             raise PushError(f"{what}: the token of {user} may not write there.") from error
         if isinstance(error, RevisionNotFoundError):
             raise PushError(f"{what}: no such revision.") from error
-        reason = error.server_message or f"status {status}"
+        reason = " ".join((error.server_message or f"status {status}").split())
         raise PushError(f"{what}: {constants.ENDPOINT} refused: {reason}") from error
     except HTTPError as error:
         raise _no_connection(what, error) from error
@@ -174,34 +178,4 @@ def _no_connection(what: str, error: Exception) -> PushError:
     return PushError(f"{what}: the connection to {constants.ENDPOINT} failed ({type(error).__name__}).{again}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sage_studio.publishing.push", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("checkpoint", help="an export's folder, or what export_hub takes")
-    add("repo_id", metavar="user/name", help="name on the Hub")
-    add("--private", action="store_true", help="make the repository private")
-    add("--revision", metavar="BRANCH", help="branch to write to (default: main)")
-    add("--token", help="better: HF_TOKEN or `hf auth login`, which other users of this machine do not see")
-    add("--message", help="of the commit")
-    add("--exist-ok", action="store_true", help="write a new commit to a repository that has files in it")
-    add_card_arguments(parser)
-    options = parser.parse_args(argv)
-    disable_progress_bars()
-    logging.set_verbosity_error()
-    names = ("private", "revision", "token", "message", "exist_ok")
-    try:
-        oid = push(
-            options.checkpoint,
-            options.repo_id,
-            **{name: getattr(options, name) for name in names},
-            **card_options(options),
-        )
-    except (ValueError, OSError, MissingExtraError) as error:
-        print(f"push_to_hub: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{constants.ENDPOINT}/{options.repo_id}, commit {oid}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+__all__ = ["PushError", "push", "write_repository"]

@@ -1,14 +1,15 @@
-"""A complete Space repository: the app, its page, examples, and this package as a wheel, which is on no index.
+"""A complete Space repository: the app, its page, and what is installed as wheels, which are on no index.
 
-    python -m sage_studio.publishing.space out/space
-    python -m sage_studio.publishing.space out/space --model user/sage-music-6m --model user/perceivers-6m
+    sage-music space out/space
+    sage-music space out/space --model user/sage-music-6m --model user/perceivers-6m
 
-Without `--model` the Space plays the two bundled checkpoints, which the wheel carries. A Space's build reads
-`requirements.txt` before the other files are there, so that the wheel cannot stand in it: the app unpacks the wheel
-when it starts, and `requirements.txt` has what the wheel itself requires.
+Without `--model` the Space plays the bundled checkpoints that are installed, which the wheels carry. A Space's build
+reads `requirements.txt` before the other files are there, so that the wheels cannot stand in it: the app unpacks them
+when it starts, and `requirements.txt` has what they require.
 """
 
-import argparse
+import base64
+import hashlib
 import json
 import os
 import re
@@ -18,19 +19,23 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 from huggingface_hub import SpaceCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-ROOT = Path(__file__).resolve().parents[3]
+from sage_studio.families import FAMILIES
+
+from .distribution import NAME, PACKAGES, license_text, requirements
+
 SPACE = Path(__file__).resolve().parent / "space_app"
 APP_FILES = ("*.py", "*.js", "*.css")
 # What an export may hold; a folder with anything else is not replaced.
-OWN_NAMES = {"README.md", "requirements.txt", "models.json", "examples", "LICENSE", "NOTICE.md", ".git"}
+OWN_NAMES = {"README.md", "requirements.txt", "models.json", "LICENSE", "NOTICE.md", ".git"}
 OWN_NAMES |= {".gitattributes", "__pycache__"}
-EXTRAS = ("audio",)  # of the package: the SoundFont
+# What a wheel has beside its packages; the rest of an installed `.dist-info` says how it was installed.
+DIST_INFO = {"METADATA", "WHEEL", "entry_points.txt", "top_level.txt"}
 
 
 class SpaceError(ValueError):
@@ -41,7 +46,7 @@ def export(output: str | os.PathLike, models: Sequence[str] = ()) -> Path:
     """Write the Space's repository into the folder `output`, replacing an older export. Returns the folder.
 
     Args:
-        models: Hub names of the checkpoints that the Space is to offer, instead of the bundled ones.
+        models: Hub names of the checkpoints that the Space is to offer, instead of the bundled ones that are installed.
 
     Raises:
         SpaceError: a name that is none on the Hub, a folder that holds something else or that this runs in, or a wheel
@@ -52,7 +57,7 @@ def export(output: str | os.PathLike, models: Sequence[str] = ()) -> Path:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise SpaceError(f"{name}: not a name on the Hub ({error})") from error
+            raise SpaceError(f"{name}: not a name on the Hub ({' '.join(str(error).split())})") from error
         if "/" not in name:
             raise SpaceError(f"{name}: not a name on the Hub: write user/name.")
     foreign = [path.name for path in output.iterdir() if not _is_ours(path)] if output.is_dir() else []
@@ -66,20 +71,24 @@ def export(output: str | os.PathLike, models: Sequence[str] = ()) -> Path:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "space"
         folder.mkdir()
-        wheel = build_wheel(folder)
+        wheel = build_wheel(NAME, PACKAGES, folder)
         for pattern in APP_FILES:
             for path in SPACE.glob(pattern):
                 shutil.copy(path, folder)
-        (folder / "examples").mkdir()
-        for path in (ROOT / "examples").glob("*.mid"):
-            shutil.copy(path, folder / "examples")
-        # The second: the licence of the weights of PerceiverS.
-        for path in (ROOT / "LICENSE", *(ROOT / "src" / "perceivers" / "pretrained").glob("*/NOTICE.md")):
-            shutil.copy(path, folder)
-        header = (SPACE / "requirements.txt").read_text(encoding="utf-8")
-        (folder / "requirements.txt").write_text(header + "".join(f"{line}\n" for line in requirements(wheel)))
-        (folder / ".gitattributes").write_text("*.whl filter=lfs diff=lfs merge=lfs -text\n")
         card = SpaceCard.load(SPACE / "README.md")
+        for family in FAMILIES.values():
+            # Weights that are a distribution of their own, where they are installed, with their licence.
+            if family.distribution is not None and family.pretrained.is_dir() and not models:
+                build_wheel(family.distribution, family.pretrained.parents[1], folder)
+                shutil.copy(family.pretrained / "NOTICE.md", folder)
+                card.data.license, card.data.license_name = "other", f"apache-2.0-and-{family.license}"
+                card.data.license_link = "NOTICE.md"
+        (folder / "LICENSE").write_text(license_text(), encoding="utf-8")
+        header = (SPACE / "requirements.txt").read_text(encoding="utf-8")
+        (made,) = metadata.distributions(path=[str(wheel)])
+        needed = requirements("audio", of=made)  # that extra: the SoundFont
+        (folder / "requirements.txt").write_text(header + "".join(f"{line}\n" for line in needed))
+        (folder / ".gitattributes").write_text("*.whl filter=lfs diff=lfs merge=lfs -text\n")
         if models:
             (folder / "models.json").write_text(json.dumps(list(models), indent=2) + "\n")
             card.data.models = list(models)
@@ -93,65 +102,65 @@ def export(output: str | os.PathLike, models: Sequence[str] = ()) -> Path:
 
 def _is_ours(path: Path) -> bool:
     known = {own.name for pattern in APP_FILES for own in SPACE.glob(pattern)}
-    return path.name in OWN_NAMES | known or bool(re.fullmatch(r"sage_music-.*\.whl", path.name))
+    return path.name in OWN_NAMES | known or bool(re.fullmatch(r"sage_music(_\w+)?-.*\.whl", path.name))
 
 
-def build_wheel(folder: Path) -> Path:
-    """The wheel of this checkout, written into `folder`, built offline with the setuptools that is installed.
+def build_wheel(name: str, packages: Path, folder: Path) -> Path:
+    """The wheel of an installed distribution, written into `folder`: built from its checkout, or made of its files.
+
+    Args:
+        name: of the distribution.
+        packages: the folder that its packages lie in: `src/` of a checkout, or site-packages.
 
     Raises:
-        SpaceError: setuptools is missing or too old, or the build failed; the message has its last line.
+        SpaceError: it cannot be made; the message says why.
     """
+    if (packages.parent / "pyproject.toml").is_file():
+        _build(packages.parent, folder)
+    else:
+        _pack(name, folder)
+    (wheel,) = folder.glob(f"{name.replace('-', '_')}-[0-9]*.whl")
+    return wheel
+
+
+def _build(checkout: Path, folder: Path) -> None:
+    """The wheel of a checkout, built offline with the setuptools that is installed."""
     with tempfile.TemporaryDirectory() as temporary:
         # A copy: setuptools writes into the folder it builds from, and packs what an older build left there.
         source = Path(temporary)
-        shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(checkout / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
+            if (checkout / name).is_file():
+                shutil.copy(checkout / name, source)
         code = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder.resolve())!r})"
         build = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     if build.returncode:
         last = (build.stderr.strip() or build.stdout.strip() or "no output").splitlines()[-1]
         raise SpaceError(f"the wheel does not build (pip install 'setuptools>=77'): {last}")
-    (wheel,) = folder.glob("sage_music-*.whl")
-    return wheel
 
 
-def requirements(wheel: Path) -> list[str]:
-    """What a wheel and its extras `EXTRAS` require, as lines of a requirements file."""
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        lines = Parser().parsestr(archive.read(metadata).decode("utf-8")).get_all("Requires-Dist") or []
-    chosen = []
-    for line in lines:
-        requirement, _, marker = (part.strip() for part in line.partition(";"))
-        extra = re.search(r"extra == [\"'](\w+)[\"']", marker)
-        if extra is None or extra[1] in EXTRAS:
-            chosen.append(requirement)
-    return chosen
+def _pack(name: str, folder: Path) -> None:
+    """The wheel that a distribution was installed from, put together again from the files that its RECORD lists."""
+    installed = metadata.distribution(name)
+    files = {str(file): Path(installed.locate_file(file)) for file in installed.files or [] if _is_packed(file)}
+    if not any(file.endswith(".py") for file in files):
+        raise SpaceError(f"{name} is not installed from a wheel: run this from a checkout, or install it again.")
+    tag = re.search("^Tag: (.*)$", installed.read_text("WHEEL"), re.M)[1]
+    stem = f"{name.replace('-', '_')}-{installed.version}"
+    record = []
+    with zipfile.ZipFile(folder / f"{stem}-{tag}.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        for file, path in files.items():
+            wheel.write(path, file)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
+            record.append(f"{file},sha256={digest},{path.stat().st_size}\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "".join([*record, f"{stem}.dist-info/RECORD,,\n"]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sage_studio.publishing.space", description=__doc__.split("\n")[0])
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="USER/NAME",
-        help="a checkpoint on the Hub to offer instead of the bundled ones; may be given again",
-    )
-    options = parser.parse_args(argv)
-    try:
-        folder = export(options.output, options.model)
-    except (ValueError, OSError) as error:
-        print(f"export_space: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    print(f"wrote {folder} ({len(sizes)} files, {sum(sizes) / 1e6:.1f} MB)")
-    print(f"run it: pip install gradio -r {folder}/requirements.txt && python {folder}/app.py")
-    return 0
+def _is_packed(file: metadata.PackagePath) -> bool:
+    """Whether a file of an installed distribution was in its wheel."""
+    if file.parts[0].endswith(".dist-info"):
+        return file.name in DIST_INFO or "licenses" in file.parts
+    return file.parts[0] != ".." and file.suffix != ".pyc"
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+__all__ = ["SPACE", "SpaceError", "build_wheel", "export"]

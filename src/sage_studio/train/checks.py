@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 
 from .arguments import DataArguments, ModelArguments, WatchArguments
 
@@ -44,8 +44,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, watch: WatchArgu
         ),
         (
             args.push_to_hub,
-            "--push_to_hub: it would publish the run's folder; when it is done, python -m sage_studio.publishing.push "
-            "OUTPUT/best user/name",
+            "--push_to_hub: it would publish the run's folder; when it is done, sage-music push OUTPUT/best user/name",
         ),
         (
             args.fsdp and args.device.type == "cpu",
@@ -67,7 +66,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, watch: WatchArgu
         if wrong:
             raise ValueError(f"{text}: leave it out.")
     if model.lora_rank is not None and importlib.util.find_spec("peft") is None:
-        raise MissingExtraError("--lora_rank needs PEFT: pip install 'sage-music[peft]'.")
+        raise MissingExtraError(f"--lora_rank needs PEFT: {install_hint('peft')}.")
     metric = str(args.metric_for_best_model or METRICS[0]).removeprefix("eval_")
     if metric not in METRICS:
         raise ValueError(f"--metric_for_best_model {metric}: choose from {', '.join(METRICS)}.")

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 from sage_studio.files import write_atomic
 
 from .arguments import DataArguments, ModelArguments, WatchArguments, parse
@@ -175,7 +175,7 @@ def _trainer(
     known = made.model.config.model_type in PARTS
     if every and known and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         if importlib.util.find_spec("matplotlib") is None and args.process_index == 0:
-            print("note: samples have no pictures: pip install 'sage-music[plot]'", file=sys.stderr)
+            print(f"note: samples have no pictures: {install_hint('matplotlib')}", file=sys.stderr)
         folder = Path(args.output_dir) / "samples"
         sizes = (every, watch.num_samples, watch.sample_bars)
         trainer.add_callback(SampleCallback(trainer, made.tokenizer, folder, *sizes))

@@ -19,7 +19,7 @@ from perceivers.augmentation import PerceiverSAugmentation
 from perceivers.segmentation import SegmentCollator, SegmentDataset, SegmentStream, SequentialDataset
 from sage_music.augmentation import SageMusicAugmentation
 from sage_music.data import BlockDataset, BlockStream, WindowDataset
-from sage_studio.checkpoints.loading import BUNDLED, CLASSES, load
+from sage_studio.checkpoints.loading import CLASSES, load, source_of
 from sage_studio.corpus import prepare_corpus
 from sage_studio.corpus.shards import corpus_info, fetch, is_prepared, read_shards
 from sage_studio.defaults import TEMPERATURE, TOP_P
@@ -115,7 +115,7 @@ def model_type_of(model: str) -> str:
     Raises:
         ValueError, OSError: there is none, or it is no config.
     """
-    source = str(BUNDLED.get(model, model))
+    source = source_of(model)
     if source.endswith(".json"):
         return str(new_fields(source).get("model_type"))
     adapter = Path(source) / "adapter_config.json"
@@ -168,7 +168,7 @@ def start(options: ModelArguments) -> tuple[PreTrainedTokenizer, PreTrainedModel
         ValueError: a checkpoint that does not load, another model's, a field that does not exist, or a tokenizer whose
             vocabulary is not the model's.
     """
-    changes, source = config_changes(options), str(BUNDLED.get(options.model, options.model))
+    changes, source = config_changes(options), source_of(options.model)
     model_type = model_type_of(options.model)
     if model_type not in CLASSES:
         raise ValueError(f"{options.model}: model_type {model_type!r} is not one of {', '.join(CLASSES)}.")

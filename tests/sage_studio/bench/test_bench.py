@@ -51,7 +51,7 @@ def test_without_the_rival_its_row_is_left_out_with_a_remark(monkeypatch):
     assert [row["model"] for row in result["rows"]] == [PERCEIVERS_ONE, PERCEIVERS] * 2
     assert not any("decoding_ratio" in row for row in result["rows"])
     text = bench_perceivers.table(result)
-    assert "pip install perceiver-ar-pytorch" in text and f"| {RIVAL} |" not in text
+    assert "pip install perceiver-ar-pytorch==" in text and f"| {RIVAL} |" not in text
     grown = result["growth"]
     assert [row["context"] for row in grown] == [64, 128] and grown[1]["growth"] > 0
     assert [row["first_cross_layer_bytes"] for row in grown] == [64 * 2 * 64 * 4, 128 * 2 * 64 * 4]

@@ -10,6 +10,8 @@ from sage_studio.checkpoints.provenance import (
     ProvenanceError,
     ancestors,
     front_matter,
+    keeps_license,
+    licensed,
     look,
     read_record,
     record_of,
@@ -51,7 +53,7 @@ def test_every_ancestor_is_told_and_no_folder(tmp_path):
     best = folder_of(run / "best")
     rows, notice = record_of(str(best))
     names = [{"name": None, "license": None}, {"name": None, "license": "cc-by-4.0"}]
-    assert rows == [*names, {"name": "perceivers", "license": None}]
+    assert rows == [*names, {"name": "perceivers", "license": "cc-by-nc-sa-4.0"}]
     assert notice == BUNDLED["perceivers"] / "NOTICE.md"
     # Copied elsewhere, its own file says the same, and what is made of that says it again.
     copy = folder_of(tmp_path / "elsewhere")
@@ -59,7 +61,7 @@ def test_every_ancestor_is_told_and_no_folder(tmp_path):
     assert (copy / "NOTICE.md").read_bytes() == notice.read_bytes()
     assert str(tmp_path) not in (copy / "provenance.json").read_text()
     assert record_of(str(copy))[0] == rows
-    assert [row.license for row in ancestors(str(copy))] == [None, None, "cc-by-4.0", None]
+    assert [row.license for row in ancestors(str(copy))] == [None, None, "cc-by-4.0", "cc-by-nc-sa-4.0"]
     assert [row.name for row in ancestors("perceivers")] == ["perceivers"]
 
 
@@ -101,3 +103,32 @@ def test_folders_that_name_each_other_come_to_an_end(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):
         folder_of(tmp_path / name, adapter_config={"base_model_name_or_path": str(tmp_path / other)})
     assert [row.place for row in ancestors(str(tmp_path / "a"))] == [str(tmp_path / name) for name in "ab"]
+
+
+def test_a_bundled_checkpoint_that_is_not_installed_is_known_from_the_record_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(BUNDLED, "perceivers", tmp_path / "gone")
+    write_record(folder_of(tmp_path / "told"), [{"name": "perceivers", "license": "cc-by-nc-sa-4.0"}], None)
+    assert [(row.name, row.license) for row in licensed(str(tmp_path / "told"))] == [("perceivers", "cc-by-nc-sa-4.0")]
+    write_record(folder_of(tmp_path / "untold"), [{"name": "perceivers", "license": None}], None)
+    adapter = folder_of(tmp_path / "adapter", adapter_config={"base_model_name_or_path": "perceivers"})
+    for folder in (tmp_path / "untold", adapter):
+        with pytest.raises(ProvenanceError, match="its license could not be looked at"):
+            list(licensed(str(folder)))
+        assert record_of(str(folder))[0][1:] == [{"name": "perceivers", "license": None, "seen": False}]
+
+
+@pytest.mark.parametrize(
+    ("base", "chosen", "allowed"),
+    [
+        *((name, "mit", False) for name in ("cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0")),
+        *((name, "mit", False) for name in ("gpl", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "eupl-1.2", "osl-3.0", "odbl")),
+        *((name, "mit", False) for name in ("cc-by-nd-4.0", "openrail++", "llama3.2", "gemma")),
+        # Licenses that say no more than that they are others, of research, or of the file; and what is none at all.
+        *((name, "mit", False) for name in ("other", "unknown", "intel-research", "apple-amlr", "h-research")),
+        *((name, "mit", False) for name in ("grok2-community", "mpl-2.0", "ms-pl", "my own")),
+        *((name, name, True) for name in ("cc-by-nc-sa-4.0", "agpl-3.0", "cc-by-nc-4.0", "other")),
+        *((name, "cc-by-nc-4.0", True) for name in ("mit", "apache-2.0", "cc-by-4.0", "cc0-1.0", "bsl-1.0")),
+    ],
+)
+def test_licenses_that_derivatives_keep(base, chosen, allowed):
+    assert keeps_license(base, chosen) == allowed

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from transformers import LogitsProcessor
 
 from perceivers import PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
+from sage_studio import example
 from sage_studio.checkpoints import load
 from sage_studio.cli import main
 from sage_studio.errors import InvalidMidiError
@@ -26,7 +26,7 @@ from sage_studio.generation.bars import continue_score, generate_piece, plan_con
 from sage_studio.generation.stream import NoteStreamer, latency_report
 from sage_studio.music.midi import bar_ticks, read_score, tick_to_seconds
 
-SAINTS = Path(__file__).resolve().parents[3] / "examples" / "saints.mid"
+SAINTS = example("saints")
 TPQ = 48  # of decoded scores
 
 

@@ -170,8 +170,8 @@ def test_missing_extras_say_what_to_install(tmp_path, monkeypatch):
         find_soundfont()
     monkeypatch.delenv("SAGE_MUSIC_SOUNDFONT")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="pip install pretty_midi"):  # of an index, where this package is not
+    with pytest.raises(MissingExtraError, match="pip install 'pretty_midi>="):  # of an index, where this package is not
         find_soundfont()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"sage-music\[plot\]"):
+    with pytest.raises(MissingExtraError, match="pip install 'matplotlib>="):
         render_piano_roll(tmp_path / "a.png", band(bars=1))

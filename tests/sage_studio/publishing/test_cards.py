@@ -8,12 +8,11 @@ from transformers import pipeline
 
 from perceivers import PerceiverSTokenizer
 from sage_music import SageMusicTokenizer
+from sage_studio.checkpoints.provenance import PERMISSIVE
 from sage_studio.publishing.cards import (
     LICENSES,
-    PERMISSIVE,
     CardError,
     check_card,
-    keeps_license,
     make_card,
     named,
     without_samples,
@@ -128,23 +127,6 @@ def test_no_value_of_a_field_is_too_odd(field):
             check_card(card(f"{metadata}{field}: {value}\n"), "mine.md")
         except CardError as error:
             assert str(error).startswith("mine.md: ")
-
-
-@pytest.mark.parametrize(
-    ("base", "chosen", "allowed"),
-    [
-        *((name, "mit", False) for name in ("cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0")),
-        *((name, "mit", False) for name in ("gpl", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "eupl-1.2", "osl-3.0", "odbl")),
-        *((name, "mit", False) for name in ("cc-by-nd-4.0", "openrail++", "llama3.2", "gemma")),
-        # Licenses that say no more than that they are others, of research, or of the file; and what is none at all.
-        *((name, "mit", False) for name in ("other", "unknown", "intel-research", "apple-amlr", "h-research")),
-        *((name, "mit", False) for name in ("grok2-community", "mpl-2.0", "ms-pl", "my own")),
-        *((name, name, True) for name in ("cc-by-nc-sa-4.0", "agpl-3.0", "cc-by-nc-4.0", "other")),
-        *((name, "cc-by-nc-4.0", True) for name in ("mit", "apache-2.0", "cc-by-4.0", "cc0-1.0", "bsl-1.0")),
-    ],
-)
-def test_licenses_that_derivatives_keep(base, chosen, allowed):
-    assert keeps_license(base, chosen) == allowed
 
 
 def test_permissive_licenses_are_licenses():

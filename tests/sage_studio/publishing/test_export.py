@@ -4,6 +4,7 @@ import json
 import shutil
 import stat
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ import perceivers
 import sage_music
 from perceivers import PerceiverSTokenizer
 from sage_studio.checkpoints import load
-from sage_studio.errors import CheckpointError, MissingExtraError
+from sage_studio.checkpoints.provenance import ProvenanceError
+from sage_studio.cli import main
+from sage_studio.errors import CheckpointError, MissingExtraError, install_hint
 from sage_studio.music.midi import read_notes
-from sage_studio.publishing import export as export_hub
+from sage_studio.publishing import export as exporting
 from sage_studio.publishing.cards import LOADED, CardError
-from sage_studio.publishing.export import ROOT, ExportError, export, is_export, main
+from sage_studio.publishing.export import ExportError, export, is_export
 from sage_studio.train.arguments import ModelArguments
 from sage_studio.train.parts import start
 
+ROOT = Path(__file__).resolve().parents[3]
 PRETRAINED = {"sage-music": sage_music.PRETRAINED, "perceivers": perceivers.PRETRAINED}
 
 
@@ -162,11 +166,11 @@ def test_the_card_of_a_trained_checkpoint_says_what_training_left(tmp_path, toke
     for name in ("user/base", "run1/best", str(tmp_path / "lost")):
         (run / "run.json").write_text(json.dumps({"model": name}))
         for license in (None, "mit"):
-            with pytest.raises(ExportError, match=r"license could not be looked at .*--confirm-license"):
+            with pytest.raises(ProvenanceError, match=r"license could not be looked at .*--confirm-license"):
                 export(run / "best", tmp_path / "out", license=license, samples=False)
         capsys.readouterr()
         arguments = [str(run / "best"), str(tmp_path / "out"), "--license", "mit", "--confirm-license", "--no-samples"]
-        assert main(arguments) == 0
+        assert main(["export", *arguments]) == 0
         assert f"note: {name}, which these weights were made from, is no folder here" in capsys.readouterr().err
         card = ModelCard.load(folder / "README.md")
         assert card.data.base_model is None and name not in card.content
@@ -226,7 +230,7 @@ def test_what_was_changed_in_an_export_is_not_lost(tiny, tmp_path, capsys):
     mine = card.replace("## Limits", "## My own section\n\nwords\n\n## Limits")
 
     def again(*more):
-        code = main([str(tiny / "sage"), str(out), "--no-samples", *(more or ("--license", "mit"))])
+        code = main(["export", str(tiny / "sage"), str(out), "--no-samples", *(more or ("--license", "mit"))])
         return code, capsys.readouterr().err
 
     (out / "README.md").write_text(mine)
@@ -263,7 +267,7 @@ def test_the_folder_that_it_runs_in_is_not_replaced(tiny, tmp_path, monkeypatch,
             export(tiny / "sage", tmp_path / "out", license="mit", samples=False)
             (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
-        assert main([str(tiny / "sage"), output, "--license", "mit", "--no-samples"]) == 2
+        assert main(["export", str(tiny / "sage"), output, "--license", "mit", "--no-samples"]) == 2
         assert "the folder that this runs in" in capsys.readouterr().err
         monkeypatch.chdir(tmp_path)
 
@@ -294,10 +298,10 @@ def test_a_context_too_short_for_the_samples_is_said(tmp_path, tokenizer, capsys
     tiny_model(tokenizer, max_position_embeddings=64).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")
     arguments = [str(tmp_path / "short"), str(tmp_path / "out"), "--license", "mit"]
-    assert main(arguments) == 2
+    assert main(["export", *arguments]) == 2
     error = capsys.readouterr().err
     assert "prompt of the samples" in error and "--no-samples leaves them out" in error
-    assert main([*arguments, "--no-samples"]) == 0
+    assert main(["export", *arguments, "--no-samples"]) == 0
 
 
 def test_an_adapter_beside_a_whole_model_is_merged(tiny, tmp_path, monkeypatch):
@@ -317,7 +321,7 @@ def test_an_adapter_beside_a_whole_model_is_merged(tiny, tmp_path, monkeypatch):
     # A model that Transformers would write as its adapter alone is none.
     model, tokenizer = load(tiny / "sage")
     model.load_adapter(folder)
-    monkeypatch.setattr(export_hub, "load", lambda name: (model, tokenizer))
+    monkeypatch.setattr(exporting, "load", lambda name: (model, tokenizer))
     with pytest.raises(ExportError, match="no whole model"):
         export(folder, tmp_path / "other", license="mit", samples=False)
     assert not (tmp_path / "other").exists()
@@ -339,7 +343,7 @@ def test_a_failed_export_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_hub, "_write_tokenizer", full)
+    monkeypatch.setattr(exporting, "_write_tokenizer", full)
     with pytest.raises(OSError, match="No space"):
         export(tiny / "perceivers", out, license="mit", samples=False)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -348,7 +352,7 @@ def test_a_failed_export_leaves_what_was_there(tiny, tmp_path, monkeypatch):
 
 def test_the_command_says_errors_in_one_line(tiny, tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "out")
-    assert main([str(tiny / "sage"), out, "--license", "mit", "--no-samples"]) == 0
+    assert main(["export", str(tiny / "sage"), out, "--license", "mit", "--no-samples"]) == 0
     assert f"wrote {out} (" in capsys.readouterr().out
     for arguments, words in (
         (["nowhere/at/all", out], "no such folder"),
@@ -356,16 +360,16 @@ def test_the_command_says_errors_in_one_line(tiny, tmp_path, capsys, monkeypatch
         ([str(tiny / "sage"), out, "--license", "mit", "--base-model", "a/b/c"], "base_model: 'a/b/c'"),
         ([str(tiny / "sage"), out, "--card", "absent.md"], "absent.md"),
     ):
-        assert main([*arguments, "--no-samples"]) == 2
+        assert main(["export", *arguments, "--no-samples"]) == 2
         captured = capsys.readouterr()
-        assert captured.err.startswith("export_hub: error: ") and words in captured.err
+        assert captured.err.startswith("sage-music: error: ") and words in captured.err
         assert captured.err.count("\n") == 1 and not captured.out
 
     def missing(*args, **options):
-        raise MissingExtraError("audio needs a SoundFont: pip install 'sage-music[audio]'.")
+        raise MissingExtraError(f"audio needs a SoundFont: {install_hint('pretty_midi')}.")
 
-    monkeypatch.setattr(export_hub, "render_wav", missing)
-    assert main([str(tiny / "perceivers"), str(tmp_path / "new"), "--license", "mit"]) == 2
+    monkeypatch.setattr(exporting, "render_wav", missing)
+    assert main(["export", str(tiny / "perceivers"), str(tmp_path / "new"), "--license", "mit"]) == 2
     message = capsys.readouterr().err
     assert "pip install" in message and "--no-samples" in message and not (tmp_path / "new").exists()
 

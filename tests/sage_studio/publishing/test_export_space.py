@@ -10,12 +10,16 @@ import sysconfig
 import time
 import urllib.request
 import zipfile
+from pathlib import Path
 
 import pytest
 from huggingface_hub import SpaceCard
 
 import sage_music
-from sage_studio.publishing.space import ROOT, SPACE, SpaceError, export, main
+from sage_studio.cli import main
+from sage_studio.publishing.space import SPACE, SpaceError, export
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +36,12 @@ def fetch(url: str, body: dict | None = None) -> str:
 def test_it_has_all_that_a_space_needs(exported):
     names = {path.name for path in exported.iterdir()}
     assert {"app.py", "README.md", "requirements.txt", "LICENSE", "NOTICE.md", "style.css", "page.js"} <= names
-    assert sorted(path.name for path in (exported / "examples").iterdir()) == sorted(
-        path.name for path in (ROOT / "examples").glob("*.mid")
-    )
-    (wheel,) = exported.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = archive.namelist()
-    for path in ("sage_studio/generation/stream.py", "sage_music/__init__.py", "perceivers/pretrained"):
-        assert any(name.startswith(path) for name in packed), path
-    assert sum(name.endswith(".safetensors") for name in packed) >= 2
-    assert not any("__pycache__" in name or name.startswith("tests") for name in packed)
+    packed = {wheel.name.split("-")[0]: zipfile.ZipFile(wheel).namelist() for wheel in exported.glob("*.whl")}
+    assert set(packed) == {"sage_music", "sage_music_perceivers_weights"}
+    for path in ("sage_studio/generation/stream.py", "sage_studio/examples/saints.mid", "sage_music/pretrained"):
+        assert any(name.startswith(path) for name in packed["sage_music"]), path
+    assert sum(name.endswith(".safetensors") for names in packed.values() for name in names) >= 3
+    assert not any("__pycache__" in name or name.startswith("tests") for names in packed.values() for name in names)
     lines = (exported / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch") for line in lines) and any(line.startswith("pretty_midi") for line in lines)
     assert "symusic==0.5.9" in lines and not any("pytest" in line or "extra ==" in line for line in lines)
@@ -53,6 +53,7 @@ def test_its_card_is_valid_and_names_the_installed_gradio(exported):
     assert len(data.to_dict()["short_description"]) <= 60  # the Hub's limit
     pinned = re.search(r"^gradio==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert data.sdk_version == pinned[1]
+    assert (data.license, data.license_name) == ("other", "apache-2.0-and-cc-by-nc-sa-4.0")
 
 
 def test_it_runs_where_the_package_is_not_installed(exported, tmp_path):
@@ -106,10 +107,12 @@ def test_it_runs_where_the_package_is_not_installed(exported, tmp_path):
 
 
 def test_other_models_are_named_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("sage_studio.publishing.space.build_wheel", lambda folder: make_wheel(folder))
+    monkeypatch.setattr("sage_studio.publishing.space.build_wheel", lambda name, packages, folder: make_wheel(folder))
     folder = export(tmp_path / "out", ["user/band", "user/piano"])
     assert json.loads((folder / "models.json").read_text()) == ["user/band", "user/piano"]
-    assert SpaceCard.load(folder / "README.md").data.models == ["user/band", "user/piano"]
+    data = SpaceCard.load(folder / "README.md").data
+    assert data.models == ["user/band", "user/piano"]
+    assert data.license == "apache-2.0" and not (folder / "NOTICE.md").exists()  # their licences are in their cards
     # Exported again, without: the older export goes, a clone's history stays.
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
@@ -121,7 +124,7 @@ def test_other_models_are_named_in_it(tmp_path, monkeypatch):
 def make_wheel(folder):
     wheel = folder / "sage_music-0.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("sage_music-0.0.dist-info/METADATA", "Name: sage-music\nRequires-Dist: numpy\n")
+        archive.writestr("sage_music-0.0.dist-info/METADATA", "Name: sage-music\nVersion: 0.0\nRequires-Dist: numpy\n")
     return wheel
 
 
@@ -129,9 +132,9 @@ def make_wheel(folder):
 def test_a_model_needs_a_name_on_the_hub(tmp_path, name, capsys):
     with pytest.raises(SpaceError, match="not a name on the Hub"):
         export(tmp_path / "out", [name])
-    assert main([str(tmp_path / "out"), "--model", name]) == 2
+    assert main(["space", str(tmp_path / "out"), "--model", name]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("export_space: error:") and error.count("\n") == 1
+    assert error.startswith("sage-music: error:") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -145,8 +148,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_the_folder_that_it_runs_in_is_not_replaced(tmp_path, monkeypatch):
-    (tmp_path / "examples").mkdir()
-    for place, output in ((tmp_path, "."), (tmp_path / "examples", tmp_path)):
+    (tmp_path / "__pycache__").mkdir()
+    for place, output in ((tmp_path, "."), (tmp_path / "__pycache__", tmp_path)):
         monkeypatch.chdir(place)
         with pytest.raises(SpaceError, match="the folder that this runs in"):
             export(output)
@@ -156,4 +159,4 @@ def test_the_source_of_the_space_is_whole():
     """What the app reads beside itself travels with it."""
     app = (SPACE / "app.py").read_text()
     for name in re.findall(r'HERE / "([\w.]+)"', app):
-        assert name in ("examples", "models.json") or (SPACE / name).is_file(), name
+        assert name == "models.json" or (SPACE / name).is_file(), name

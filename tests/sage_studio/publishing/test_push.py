@@ -44,7 +44,7 @@ def start(hub: LoopbackHub, tmp_path, *arguments, token: str | None = TOKEN, **v
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_TOKEN": token} if token else {}
     return subprocess.Popen(
-        [sys.executable, "-m", "sage_studio.publishing.push", *map(str, arguments)],
+        [sys.executable, "-m", "sage_studio.cli", "push", *map(str, arguments)],
         cwd=ROOT,
         env=environment | variables,
         stdout=subprocess.PIPE,
@@ -63,14 +63,14 @@ def push(*arguments, **options) -> tuple[int, str, str]:
 @pytest.fixture
 def sent(hub, monkeypatch):
     """`push` in this process, for what needs no process of its own."""
-    from sage_studio.publishing import push as push_to_hub
+    from sage_studio.publishing import push as pushing
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(pushing, "get_token", lambda: TOKEN)
     disable_progress_bars()
-    yield push_to_hub.push
+    yield pushing.push
     enable_progress_bars()
 
 
@@ -251,9 +251,9 @@ def test_a_card_that_is_wrong_stops_before_anything_is_sent(hub, exported, sent,
     ],
 )
 def test_tokens_and_names_that_will_not_do(hub, exported, sent, monkeypatch, token, repo_id, reason):
-    from sage_studio.publishing import push as push_to_hub
+    from sage_studio.publishing import push as pushing
 
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: token)
+    monkeypatch.setattr(pushing, "get_token", lambda: token)
     with pytest.raises(ValueError, match=reason) as caught:
         sent(exported, repo_id)
     assert "hf_of" not in str(caught.value)
@@ -295,7 +295,7 @@ def test_no_network_is_one_line(hub, exported, tmp_path):
     hub.server.server_close()
     code, out, err = push(hub, tmp_path, exported, "someone/mine")
     assert code == 2 and not out and err.count("\n") == 1
-    assert err.startswith(f"push_to_hub: error: login: the connection to {hub.url} failed")
+    assert err.startswith(f"sage-music: error: login: the connection to {hub.url} failed")
 
 
 def test_offline_mode_is_said(hub, exported, sent, monkeypatch):

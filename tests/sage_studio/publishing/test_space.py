@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sage_studio import EXAMPLES
 from sage_studio.music.midi import read_score
 from sage_studio.music.notes import note_array
 
@@ -240,7 +241,7 @@ def test_an_example_is_continued_before_the_visitors_eyes(visit, space):
     assert page.inner_text("#spoken") == page.inner_text("#status")
 
     expected = continue_score(
-        *load(), ROOT / "examples" / "saints.mid", prompt_bars=4, bars=4, temperature=0.9, top_p=0.95, seed=7
+        *load(), EXAMPLES / "saints.mid", prompt_bars=4, bars=4, temperature=0.9, top_p=0.95, seed=7
     )
     data = download(page)
     assert data == expected.score.dumps_midi()
@@ -308,7 +309,7 @@ def test_the_other_family_counts_seconds(visit):
     assert len({count for count in shown if before < count < shown[-1]}) >= 2, shown
     expected = continue_performance(
         *load("perceivers"),
-        ROOT / "examples" / "greensleeves.mid",
+        EXAMPLES / "greensleeves.mid",
         prompt_s=5,
         music_s=8,
         temperature=0.9,
@@ -366,7 +367,7 @@ def test_everything_has_a_name(visit):
 HOSTILE = {
     "<img src=x onerror=alert(1)>.mid": b"not music",
     "empty.mid": b"",
-    "cut.mid": (ROOT / "examples" / "saints.mid").read_bytes()[:-100],
+    "cut.mid": (EXAMPLES / "saints.mid").read_bytes()[:-100],
     "silent.mid": b"MThd\x00\x00\x00\x06\x00\x00\x00\x01\x01\xe0MTrk\x00\x00\x00\x04\x00\xff\x2f\x00",
     "${document.title='taken'}{{document}}.mid": b"MThd",
 }
@@ -405,7 +406,7 @@ def test_uploads_have_a_limit(visit):
 
 def test_an_own_file_is_continued(visit):
     page = visit()
-    page.set_input_files("input[type=file]", str(ROOT / "examples" / "saints.mid"))
+    page.set_input_files("input[type=file]", str(EXAMPLES / "saints.mid"))
     page.wait_for_function("document.querySelector('#status').innerText.startsWith('saints.mid')")
     assert page.query_selector("#example input:checked") is None
     set_number(page, "bars", 1)
@@ -451,7 +452,7 @@ def test_a_closed_page_stops_its_music(visit):
 
 def test_nobody_gets_anothers_music(visit, space):
     first, second = visit(), visit()
-    first.set_input_files("input[type=file]", str(ROOT / "examples" / "saints.mid"))
+    first.set_input_files("input[type=file]", str(EXAMPLES / "saints.mid"))
     first.wait_for_function("document.querySelector('#status').innerText.startsWith('saints.mid')")
     for page in (first, second):
         set_number(page, "bars", 2)
@@ -674,7 +675,7 @@ def test_a_piece_has_a_limit_of_time(module, monkeypatch):
 
     music = module("music")
     monkeypatch.setattr(music, "WALL_SECONDS", 1.0)
-    score = read_score(ROOT / "examples" / "saints.mid")
+    score = read_score(EXAMPLES / "saints.mid")
     *_, last = music.BarsWriting(*load(), score, music.Settings(4, 32, [], 0.9, 0.95, 1))
     assert last.piece.bars < 32 and any("cancelled" in remark for remark in last.piece.remarks)
     *_, last = music.SecondsWriting(*load("perceivers"), score, music.Settings(4, 60, [], 0.9, 0.95, 1))

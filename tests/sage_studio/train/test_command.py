@@ -14,6 +14,7 @@ from perceivers.segmentation import SequentialDataset
 from sage_music import SageMusicTokenizer
 from sage_studio.checkpoints import load
 from sage_studio.cli import main as cli
+from sage_studio.errors import install_hint
 from sage_studio.generation.bars import generate_piece
 from sage_studio.music.midi import read_score
 from sage_studio.train import command as command_module
@@ -359,7 +360,8 @@ def test_what_is_wrong_is_said_in_one_line_before_training(folder, tmp_path, mon
 def test_a_missing_extra_is_said(folder, tmp_path, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert cli(["train", "--data", str(folder), "--output", str(tmp_path / "run")]) == 2
-    assert f"train needs {package}: pip install 'sage-music[train]'" in capsys.readouterr().err
+    hint = install_hint("accelerate", "datasets", "tensorboard")
+    assert f"train needs {package}: {hint}" in capsys.readouterr().err and f"'{package}>=" in hint
     assert not (tmp_path / "run").exists()
 
 

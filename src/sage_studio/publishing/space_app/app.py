@@ -2,8 +2,9 @@
 
     python app.py
 
-Runs where the package is installed, and where only its wheel lies beside this file: in a Space, whose build sees
-requirements.txt before the other files are there. `models.json`, a list of checkpoints, replaces the bundled ones.
+Runs where the package is installed, and where only its wheel, and that of weights, lie beside this file: in a Space,
+whose build sees requirements.txt before the other files are there. `models.json`, a list of checkpoints, replaces the
+bundled ones that are installed.
 """
 
 import base64
@@ -24,11 +25,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-PACKAGE = None  # where the wheel was unpacked
+PACKAGE = None  # where the wheels were unpacked
 if find_spec("sage_studio") is None:
-    (wheel,) = HERE.glob("sage_music-*.whl")
     PACKAGE = tempfile.mkdtemp(prefix="sage-music-package-")
-    zipfile.ZipFile(wheel).extractall(PACKAGE)
+    for wheel in HERE.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(PACKAGE)
     sys.path.insert(0, PACKAGE)
 
 # One folder for what visitors send and get, readable by this user alone. It is served, swept and deleted: never the
@@ -56,6 +57,7 @@ from music import (  # noqa: E402
 )
 from roll import draw  # noqa: E402
 
+import sage_studio  # noqa: E402
 from sage_studio.checkpoints.loading import BUNDLED, load  # noqa: E402
 from sage_studio.errors import MissingExtraError  # noqa: E402
 from sage_studio.families import family_of  # noqa: E402
@@ -67,9 +69,7 @@ KEEP_SESSIONS = 100  # whose pages stay in memory: Gradio keeps what a page show
 WAITING = 16  # visitors in the queue; more are told to come again
 END_SECONDS = 5.0  # the longest wait for music that is being written when the server ends
 
-# In a Space beside the app, in the repository at its top.
-EXAMPLES_FOLDER = HERE / "examples" if (HERE / "examples").is_dir() else HERE.parents[3] / "examples"
-EXAMPLES = {path.stem.replace("_", " ").capitalize(): path for path in sorted(EXAMPLES_FOLDER.glob("*.mid"))}
+EXAMPLES = {path.stem.replace("_", " ").capitalize(): path for path in sorted(sage_studio.EXAMPLES.glob("*.mid"))}
 FIRST = next(iter(EXAMPLES))
 PROGRAMS = [("Drums", -1), *((f"{name} ({program})", program) for program, name in enumerate(INSTRUMENTS))]
 
@@ -98,7 +98,8 @@ safehttpx.get = safehttpx.async_validate_url = fetch_nothing
 def load_models() -> None:
     """Load what the page offers, once, before the first visitor comes."""
     chosen = HERE / "models.json"
-    names = json.loads(chosen.read_text(encoding="utf-8")) if chosen.is_file() else list(BUNDLED)
+    installed = [name for name, folder in BUNDLED.items() if folder.is_dir()]
+    names = json.loads(chosen.read_text(encoding="utf-8")) if chosen.is_file() else installed
     for name in names:
         model, tokenizer = load(name)
         family = "{0.name}, {0.plays}".format(family_of(model))

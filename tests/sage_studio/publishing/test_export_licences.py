@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 
 from conversion.perceiver_ar import save
 from perceivers import PerceiverSTokenizer
-from sage_studio.publishing.export import export, main
-from sage_studio.publishing.licences import ExportError, carry, license_of, notice_of, read_report
+from sage_studio.checkpoints.provenance import ProvenanceError, carry, license_of, notice_of
+from sage_studio.cli import main
+from sage_studio.publishing.cards import read_report
+from sage_studio.publishing.export import ExportError, export
 from sage_studio.train.callbacks import keep_origin, tell_origin
 from sage_studio.train.resuming import check_run
 
@@ -113,17 +115,17 @@ def test_a_damaged_file_beside_a_checkpoint_is_named(tiny, tmp_path, capsys, nam
     for said in ([], ["--license", "apache-2.0"]):
         if not said and name == "report.json":
             continue  # what is amiss first is the license
-        assert main([str(best), str(tmp_path / "out"), "--no-samples", *said]) == 2
+        assert main(["export", str(best), str(tmp_path / "out"), "--no-samples", *said]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("export_hub: error: ") and path.name in error and "put" in error and "away" in error
-    with pytest.raises(ExportError):
+        assert error.startswith("sage-music: error: ") and path.name in error and "put" in error and "away" in error
+    with pytest.raises(ProvenanceError):
         export(best, tmp_path / "out", license="apache-2.0", samples=False)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_diverged_training_is_named_with_the_way_out(tiny, tmp_path):
     best = trained(tiny, tmp_path / "run", "perceivers", parameters=7, steps=3, eval_nats_per_note=float("nan"))
-    with pytest.raises(ExportError, match=r"report\.json: eval_nats_per_note is not finite.*put the file away"):
+    with pytest.raises(ProvenanceError, match=r"report\.json: eval_nats_per_note is not finite.*put the file away"):
         export(best, tmp_path / "out", samples=False)
     (tmp_path / "run" / "report.json").unlink()
     export(best, tmp_path / "out", samples=False)
@@ -192,7 +194,7 @@ def test_a_license_out_of_reach_is_none_that_allows_all(tiny, tmp_path, hub, mon
         hf_hub_download(BASE, "README.md")
     out_of_reach(hub, how, monkeypatch)
     for options in ({}, {"license": "mit"}, {"license": "mit", "base_model": BASE}):
-        with pytest.raises(ExportError, match=f"^{BASE}, which .* could not be looked at .*--confirm-license"):
+        with pytest.raises(ProvenanceError, match=f"^{BASE}, which .* could not be looked at .*--confirm-license"):
             export(best, tmp_path / "out", samples=False, **options)
     assert not (tmp_path / "out").exists()
 
