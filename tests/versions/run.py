@@ -36,7 +36,7 @@ TESTS = (
     "tests/sage_music/test_tokenization_sage_music.py",
     "tests/sage_music/test_continuous_batching.py",
     *(f"tests/perceivers/test_{part}_perceivers.py" for part in ("cache", "generation", "modeling", "tokenization")),
-    "tests/conversion/test_remote_loading.py",
+    "tests/sage_studio/publishing/test_remote_loading.py",
     "tests/sage_studio/bench/test_bench.py",
     "tests/sage_studio/generation/test_bars.py",
     "tests/sage_studio/generation/test_seconds.py",

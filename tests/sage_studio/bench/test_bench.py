@@ -486,4 +486,4 @@ def test_a_missing_matplotlib_is_said_before_anything_is_measured(checkpoint, ca
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(bench, "compare", lambda *args, **options: pytest.fail("measured"))
     assert main(["bench", "--model", str(checkpoint), "--figure", "x.png"]) == 2
-    assert "sage-music[plot]" in capsys.readouterr().err
+    assert "pip install 'matplotlib>=" in capsys.readouterr().err
