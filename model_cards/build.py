@@ -76,7 +76,7 @@ def build(name: str, root: Path = HERE) -> str:
         "features": FEATURES,
         "row_of": row_of,
         "area": ("oa", "oa_low", "oa_high"),
-        "max_note_seconds": MAX_NOTE_S,
+        "max_note_s": MAX_NOTE_S,
         "version": _version(root),
         "repository": "USER/NAME",
     }

@@ -51,7 +51,7 @@ LOADED = re.compile(r"""pipeline\(\s*["']midi-continuation["'],\s*(?:model=)?["'
 # What a card says where the repository has no name yet.
 PLACEHOLDER = "USER/NAME"
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
-LENGTHS = {"bars": "prompt_bars=4, bars=16", "seconds": "prompt_seconds=20, seconds=60"}  # of its example
+LENGTHS = {"bars": "prompt_bars=4, bars=16", "seconds": "prompt_s=20, music_s=60"}  # of its example
 
 # Fields that are one word or one line.
 TEXTS = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "new_version", "thumbnail")
