@@ -13,6 +13,7 @@ from .generation_sage_music import (
     MidiGrammarLogitsProcessor,
     MinBarsLogitsProcessor,
     NoDoubledNotesLogitsProcessor,
+    RunningState,
 )
 from .modeling_sage_music import SageMusicForCausalLM, SageMusicModel, SageMusicPreTrainedModel
 from .quantization_sage_music import quantize_int8
@@ -36,6 +37,7 @@ __all__ = [
     "MidiGrammarLogitsProcessor",
     "MinBarsLogitsProcessor",
     "NoDoubledNotesLogitsProcessor",
+    "RunningState",
     "SageMusicCache",
     "SageMusicConfig",
     "SageMusicDraftHead",

@@ -1,6 +1,6 @@
 """Decoding aids of SAGE-Music: the grammar that keeps every sequence valid, and generation counted in bars."""
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -10,8 +10,106 @@ UNCHANGED = -2
 STATE = {"position_after": -1, "bar_length_after": 2**30, "drum_after": -1}
 # Assisted decoding goes back by as many tokens as were drafted: states of so many lengths are kept.
 KEPT_STATES = 32
-# Tokens fetched at a time where a sequence is read backwards.
-CHUNK = 64
+
+
+class RowState(NamedTuple):
+    """What the tokens of one row leave behind.
+
+    Attributes:
+        grammar: the type of the last token, and position, bar length and drum as they stand.
+        bars: bar lines.
+        program: the last token that names a program.
+        struck: the Program token under which the position began, and the Programs and pitches since, in order. Merged
+            (BPE) tokens count as what they begin with.
+    """
+
+    grammar: tuple[int, int, int, int] = (-1, *STATE.values())
+    bars: int = 0
+    program: int | None = None
+    struck: tuple[int | None, ...] = (None,)
+
+
+class RunningState:
+    """The states of the rows of a batch, carried on from token to token.
+
+    Processors and criteria of one `generate()` call may share one, which then reads every token once. Ids are compared
+    with those seen before, not trusted to go on from there: batches, left padding, beams and assisted decoding need
+    nothing special.
+
+    Args:
+        config: a config with a `grammar`; see `MidiGrammarLogitsProcessor`.
+    """
+
+    def __init__(self, config):
+        grammar = config.grammar
+        kinds = [grammar["types"][kind] for kind in grammar["first_type"]]
+        self._begins = [kind in ("Bar", "Position") for kind in kinds]
+        self._leads = [kind == "Program" for kind in kinds]
+        self._strikes = [kind in ("Program", "Pitch", "PitchDrum") for kind in kinds]
+        self._bars, self._bos = grammar["bars"], config.bos_token_id
+        self._changes = list(zip(*(grammar[name] for name in ("last_type", *STATE)), strict=True))
+        # (B, capacity) the longest ids seen of late, and the states of their rows at some lengths, rising.
+        self._seen: torch.Tensor | None = None
+        self._states: dict[int, list[RowState]] = {}
+
+    def rows(self, input_ids: torch.LongTensor) -> list[RowState]:
+        """The state after each row of `input_ids` (B, T)."""
+        batch, length = input_ids.shape
+        if self._seen is None or len(self._seen) != batch or self._seen.device != input_ids.device:
+            self._seen, self._states = input_ids.new_empty(batch, 0), {}
+        known = self._known(input_ids)
+        if known == length:
+            return self._states[length]
+        if known is None:
+            known, states = self._moved(input_ids)
+            kept = {}
+        else:
+            # Longer ones belong to another continuation, much shorter ones are out of reach.
+            kept = {n: old for n, old in self._states.items() if length - KEPT_STATES < n <= known}
+            states = self._states[known]
+        for tokens in input_ids[:, known:].T.tolist():
+            states = list(map(self._after, states, tokens))
+        begin = known if kept else 0
+        if length > self._seen.shape[1]:
+            self._seen, begin = input_ids.new_empty(batch, 2 * length + KEPT_STATES), 0
+        self._seen[:, begin:length] = input_ids[:, begin:]
+        self._states = {**kept, length: states}
+        return states
+
+    def _known(self, input_ids: torch.LongTensor) -> int | None:
+        """A length at which the states are known and these ids begin as those before them did."""
+        lengths = [n for n in reversed(self._states) if n <= input_ids.shape[1]]
+        return next((n for n in lengths[:3] if torch.equal(self._seen[:, :n], input_ids[:, :n])), None)
+
+    def _moved(self, input_ids: torch.LongTensor) -> tuple[int, list[RowState]]:
+        """A length and the states at it where every row begins as one of those before did, as beams do; or none."""
+        length = next((n for n in reversed(self._states) if n <= input_ids.shape[1]), 0)
+        old, new = self._seen[:, :length], input_ids[:, :length]
+        for begin in (max(length - 64, 0), 0):  # the last tokens mostly tell the rows apart, all of them always
+            same = (old[:, begin:] == new[:, None, begin:]).all(-1)  # (B, B)
+            if not length or not same.any(-1).all():
+                break
+            source = same.int().argmax(-1)
+            if torch.equal(old[source], new):
+                return length, [self._states[length][row] for row in source.tolist()]
+        return 0, [RowState()] * len(input_ids)
+
+    def _after(self, state: RowState, token: int) -> RowState:
+        """The state after one more token."""
+        (_, position, bar_length, drum), bars, program, struck = state
+        kind, new_position, new_length, new_drum = self._changes[token]
+        if new_position != UNCHANGED:
+            position = new_position
+        if new_length != UNCHANGED:
+            bar_length = new_length
+        if new_drum != UNCHANGED:
+            drum = new_drum
+            program = program if token == self._bos else token
+        if self._strikes[token]:
+            struck = (*struck, token)
+        elif self._begins[token] and len(struck) > 1:
+            struck = (next((old for old in reversed(struck[1:]) if self._leads[old]), struck[0]),)
+        return RowState((kind, position, bar_length, drum), bars + self._bars[token], program, struck)
 
 
 class MidiGrammarLogitsProcessor(LogitsProcessor):
@@ -19,19 +117,20 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
 
     A token may follow when (1) the types table allows its first base token after the last base token before it, (2) its
     first Position lies after the current one and inside the bar of the current meter, and (3) its first note is a drum
-    exactly when the current Program is the drums'. The state is read from the ids themselves, so that batches, beams
-    and assisted decoding need nothing special; on the CPU what was read is kept for ids that go on from there.
+    exactly when the current Program is the drums'. The state is that of the ids themselves: on the CPU a running one,
+    elsewhere read anew, without waiting for the device.
 
     Args:
         config: a config whose `grammar` holds, per token id: `first_type`, `last_type` (indices into `types`),
             `first_position`, `last_position`, `drum_needed` (-1: none), `position_after`, `bar_length_after`,
             `drum_after` (-2: unchanged); and `transitions`, the `types x types` table.
+        running_state: one that others use too; its own by default.
 
     Raises:
         ValueError: the grammar is missing or does not fit `vocab_size`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, running_state: RunningState | None = None):
         grammar = config.grammar
         if grammar is None or len(grammar["first_type"]) != config.vocab_size:
             raise ValueError(
@@ -53,10 +152,7 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
                 "drum_after",
             )
         }
-        self._changes = list(zip(*(grammar[name] for name in ("last_type", *STATE)), strict=True))
-        # (B, capacity) the longest ids seen of late, and the states of their rows at some lengths, rising.
-        self._seen: torch.Tensor | None = None
-        self._states: dict[int, list[tuple[int, int, int, int]]] = {}
+        self.running_state = running_state or RunningState(config)
         self._masks: dict[tuple[int, int, int, int], torch.Tensor] = {}
 
     def _latest(self, name: str, input_ids: torch.LongTensor, default: int) -> torch.Tensor:
@@ -84,7 +180,7 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
     def _forbidden(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
         """(B, V) bool: tokens that must not follow."""
         if input_ids.device.type == "cpu":
-            rows = [self._mask(state) for state in self._row_states(input_ids)]
+            rows = [self._mask(row.grammar) for row in self.running_state.rows(input_ids)]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.follows.device != input_ids.device:
             self.follows = self.follows.to(input_ids.device)
@@ -96,39 +192,6 @@ class MidiGrammarLogitsProcessor(LogitsProcessor):
         if state not in self._masks:
             self._masks[state] = ~self._follow(*torch.tensor(state)[:, None, None])
         return self._masks[state]
-
-    def _row_states(self, input_ids: torch.LongTensor) -> list[tuple[int, int, int, int]]:
-        """The state of each row; only tokens after the longest beginning that is known are read."""
-        rows, length = input_ids.shape
-        known = self._known(input_ids)
-        if known == length:
-            return self._states[length]
-        if known is None:
-            states = list(zip(*self._read(input_ids)[..., 0].tolist(), strict=True))
-            self._seen, self._states = input_ids.new_empty(rows, 2 * length + KEPT_STATES), {}
-            known = 0
-        else:
-            states = self._states[known]
-            for tokens in input_ids[:, known:].T.tolist():
-                states = [self._after(*pair) for pair in zip(states, tokens, strict=True)]
-            # Longer ones belong to another continuation, much shorter ones are out of reach.
-            self._states = {n: old for n, old in self._states.items() if length - KEPT_STATES < n <= known}
-            while length > self._seen.shape[1]:
-                self._seen = torch.cat((self._seen, torch.empty_like(self._seen)), dim=1)
-        self._seen[:, known:length] = input_ids[:, known:]
-        self._states[length] = states
-        return states
-
-    def _known(self, input_ids: torch.LongTensor) -> int | None:
-        """A length at which states are known and these ids begin as those before them did: compared, not trusted."""
-        if self._seen is None or len(self._seen) != len(input_ids):
-            return None
-        lengths = [n for n in reversed(self._states) if n <= input_ids.shape[1]]
-        return next((n for n in lengths[:3] if torch.equal(self._seen[:, :n], input_ids[:, :n])), None)
-
-    def _after(self, state: tuple[int, int, int, int], token: int) -> tuple[int, int, int, int]:
-        kind, *changes = self._changes[token]
-        return (kind, *(old if new == UNCHANGED else new for old, new in zip(state[1:], changes, strict=True)))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if input_ids.shape[1] == 0:  # generation from inputs_embeds: nothing is known of what came before
@@ -154,12 +217,15 @@ class BarCountCriteria(StoppingCriteria):
     `SageMusicTokenizer.decode_midi(ids, bars=bars)` leaves it out.
     """
 
-    def __init__(self, config, bars: int):
+    def __init__(self, config, bars: int, running_state: RunningState | None = None):
+        self.running_state = running_state or RunningState(config)
         self.bar_counts = torch.tensor(config.grammar["bars"])
         self.bars = bars
 
     def count(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """(B,) bar lines in each sequence."""
+        if input_ids.device.type == "cpu":
+            return torch.tensor([row.bars for row in self.running_state.rows(input_ids)])
         return self.bar_counts.to(input_ids.device)[input_ids].sum(-1)
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
@@ -169,22 +235,15 @@ class BarCountCriteria(StoppingCriteria):
 class MinBarsLogitsProcessor(LogitsProcessor):
     """Forbids EOS until `bars` bars are complete, so that a piece does not end early."""
 
-    def __init__(self, config, bars: int):
-        self.criteria = BarCountCriteria(config, bars)
-        eos = config.eos_token_id
-        self.eos = eos if isinstance(eos, list) else [eos]
+    def __init__(self, config, bars: int, running_state: RunningState | None = None):
+        self.criteria = BarCountCriteria(config, bars, running_state)
+        self.running_state = self.criteria.running_state
+        self.is_eos = torch.zeros(config.vocab_size, dtype=torch.bool)
+        self.is_eos[config.eos_token_id] = True
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         early = (self.criteria.count(input_ids) <= self.criteria.bars)[:, None]
-        scores = scores.clone()
-        scores[:, self.eos] = scores[:, self.eos].masked_fill(early, -torch.inf)
-        return scores
-
-
-def _backwards(ids: torch.LongTensor) -> Iterator[int]:
-    """The tokens of a row (T,) from the last on; what a step needs is mostly near."""
-    for end in range(len(ids), 0, -CHUNK):
-        yield from reversed(ids[max(end - CHUNK, 0) : end].tolist())
+        return scores.masked_fill(early & self.is_eos.to(scores.device), -torch.inf)
 
 
 class NoDoubledNotesLogitsProcessor(LogitsProcessor):
@@ -196,52 +255,35 @@ class NoDoubledNotesLogitsProcessor(LogitsProcessor):
     another token are not looked into.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, running_state: RunningState | None = None):
         grammar = config.grammar
-        kinds = [grammar["types"].index(name) for name in ("Bar", "Position", "Program", "Pitch", "PitchDrum")]
+        self.running_state = running_state or RunningState(config)
         self.first_type = grammar["first_type"]
-        self.bar, self.position, self.program, *self.pitches = kinds
-        self.pitch_counts = {kind: list(self.first_type).count(kind) for kind in self.pitches}
+        self.program, *pitches = [grammar["types"].index(name) for name in ("Program", "Pitch", "PitchDrum")]
+        self.pitch_counts = {kind: list(self.first_type).count(kind) for kind in pitches}
         self.fewest = min(filter(None, self.pitch_counts.values()))  # a vocabulary may have no PitchDrum
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        for row, ids in enumerate(input_ids):
-            notes: list[int] = []
-            started: dict[int, list[int]] = {}  # notes of the programs named at this position, the current one first
-            for token in _backwards(ids):  # back to the position's beginning
-                kind = self.first_type[token]
-                if kind in (self.bar, self.position):
-                    break
-                if kind in self.pitches:
-                    notes.append(token)
-                elif kind == self.program:
-                    started[token] = started.get(token, []) + notes
-                    notes = []
-            current = next(iter(started), None)
-            # Notes before the position's first Program belong to the program it took over.
-            if notes and (current is not None or len(notes) >= self.fewest):
-                before = self._program_before(ids)
-                started[before] = started.get(before, []) + notes
-                notes = [] if current is not None else notes
-            scores[row, notes + started.get(current, [])] = -torch.inf
-            full = [program for program, held in started.items() if len(held) >= self.fewest and self._is_all(held)]
-            scores[row, [program for program in full if program is not None]] = -torch.inf
+        rows, forbidden = [], []
+        for row, state in enumerate(self.running_state.rows(input_ids)):
+            program, *tokens = state.struck
+            notes: dict[int | None, list[int]] = {}  # of each program that has some at this position
+            for token in tokens:
+                if self.first_type[token] == self.program:
+                    program = token
+                else:
+                    notes.setdefault(program, []).append(token)
+            full = [other for other, held in notes.items() if other is not None and self._is_all(held)]
+            forbidden += notes.get(program, []) + full
+            rows += [row] * (len(forbidden) - len(rows))
+        if forbidden:
+            scores = scores.clone()
+            scores[rows, forbidden] = -torch.inf
         return scores
-
-    def _program_before(self, ids: torch.LongTensor) -> int | None:
-        """The program under which the position began, named before it."""
-        started = False
-        for token in _backwards(ids):
-            kind = self.first_type[token]
-            started = started or kind in (self.bar, self.position)
-            if started and kind == self.program:
-                return token
-        return None
 
     def _is_all(self, notes: list[int]) -> bool:
         """Whether these are all pitches of their kind."""
-        return len(set(notes)) == self.pitch_counts[self.first_type[notes[0]]]
+        return len(notes) >= self.fewest and len(set(notes)) == self.pitch_counts[self.first_type[notes[-1]]]
 
 
 __all__ = [
@@ -250,4 +292,5 @@ __all__ = [
     "MinBarsLogitsProcessor",
     "NoDoubledNotesLogitsProcessor",
     "PlainLogitsProcessorList",
+    "RunningState",
 ]

@@ -577,8 +577,9 @@ class SageMusicForCausalLM(SageMusicPreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if self.config.grammar is not None and getattr(generation_config, "midi_grammar", True):
+            running = next((own.running_state for own in processors if hasattr(own, "running_state")), None)
             # First: a top-k or top-p filter must choose among valid tokens, or it may leave none.
-            processors.insert(0, MidiGrammarLogitsProcessor(self.config))
+            processors.insert(0, MidiGrammarLogitsProcessor(self.config, running))
         return PlainLogitsProcessorList(processors)
 
 

@@ -178,8 +178,8 @@ class SageMusicTokenizer(PreTrainedTokenizer):
             name, source = os.fspath(source), Path(source).read_bytes()
         if isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
-            if data.startswith(b"MThd") and (damage := midi_damage(data)):
-                raise ValueError(f"{name}: damaged or truncated MIDI ({damage}).")
+            if damage := midi_damage(data):
+                raise ValueError(f"{name}: {damage}.")
             try:
                 source = Score.from_midi(data)
             except (RuntimeError, ValueError) as error:
@@ -413,10 +413,14 @@ def _one_track(score: Score) -> Track:
 
 
 def midi_damage(data: bytes) -> str:
-    """What is wrong with a MIDI file's chunks and events; "" for nothing.
+    """Why a MIDI file is not read, by its header, chunks and events; "" for nothing.
 
     Some readers return what they got of a broken file, and some crash: a note number above 127 has no place in memory.
     """
+    if not data.startswith(b"MThd"):
+        return "not a MIDI file (it does not begin with 'MThd')"
+    if data[12:13] >= b"\x80":
+        return "times are SMPTE frames, not beats: export it with ticks per quarter note"
     delta = rb"[\x80-\xff]{0,3}[\x00-\x7f]"
     two = rb"[\x80-\xbf\xe0-\xef][\x00-\x7f]{2}(?:" + delta + rb"[\x00-\x7f]{2})*+"
     one = rb"[\xc0-\xdf][\x00-\x7f](?:" + delta + rb"[\x00-\x7f])*+"
@@ -436,7 +440,7 @@ def midi_damage(data: bytes) -> str:
                 continue
             wait = number.match(data, at, end)
             if wait is None or wait.end() == end:
-                return "a track ends inside an event"
+                return "damaged or truncated MIDI (a track ends inside an event)"
             at = wait.end()
             if data[at] == 0xF7:
                 return "an escape event, F7, which readers take for another: export the file without"
@@ -446,7 +450,7 @@ def midi_damage(data: bytes) -> str:
                 for byte in length[0] if length else b"":
                     size = size << 7 | byte & 0x7F
                 if length is None or length.end() + size > end:
-                    return "a track ends inside an event"
+                    return "damaged or truncated MIDI (a track ends inside an event)"
                 if event[0] == b"\xff\x2f":  # the end of the track
                     break
                 at = length.end() + size
@@ -456,9 +460,11 @@ def midi_damage(data: bytes) -> str:
                     running = data[number.match(data, last.start()).end()]
                 size = 1 if 0xC0 <= running < 0xE0 else 2
                 if not running or len(values := data[at : min(at + size, end)]) < size or max(values) > 0x7F:
-                    return "an event of a kind or with values that no MIDI file has"
+                    return "damaged or truncated MIDI (an event of a kind or with values that no MIDI file has)"
                 at += size
-    return "it ends before its own chunk sizes say" if position > len(data) or missing > 0 else ""
+    if position > len(data) or missing > 0:
+        return "damaged or truncated MIDI (it ends before its own chunk sizes say)"
+    return ""
 
 
 def _bar_end(tokens: Sequence[str], bars: int) -> int:

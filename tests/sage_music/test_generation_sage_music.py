@@ -12,6 +12,7 @@ from sage_music import (
     MidiGrammarLogitsProcessor,
     MinBarsLogitsProcessor,
     NoDoubledNotesLogitsProcessor,
+    RunningState,
 )
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
@@ -310,3 +311,53 @@ def test_the_grammar_remembers_only_what_still_holds(tokenizer, bpe_tokenizer):
             fresh = MidiGrammarLogitsProcessor(config)
             expected = fresh._follow(*fresh._read(rows[:, :length]))
             assert torch.equal(grammar.allowed(rows[:, :length]), expected)
+
+
+def last_program(tokens):
+    return next((token for token in reversed(tokens) if "Program" in token), None)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bpe"])
+def test_a_shared_state_answers_as_rows_read_from_their_beginning_do(tokenizer, bpe_tokenizer, kind):
+    """As long as rows grow, are cut, change places as beams do, or become other rows."""
+    chosen = {"plain": tokenizer, "bpe": bpe_tokenizer}[kind]
+    config = tiny_model(chosen).config
+    running = RunningState(config)
+    shared, alone = NoDoubledNotesLogitsProcessor(config, running), NoDoubledNotesLogitsProcessor
+    counter = BarCountCriteria(config, 2, running)
+    rows = torch.tensor([chosen.midi_to_ids(band(bars=6, seed=seed))[:120] for seed in (1, 2, 3)])
+    names = chosen.convert_ids_to_tokens(range(chosen.vocab_size))
+    rng = torch.Generator().manual_seed(0)
+    length = 5
+    for step in range(120):
+        length = min(max(length + int(torch.randint(-6, 9, (), generator=rng)), 0), rows.shape[1])
+        if step % 10 == 3:
+            rows = rows[torch.randint(3, (3,), generator=rng)]
+        if step % 30 == 29:
+            rows = torch.randint(5, chosen.vocab_size, rows.shape, generator=rng)
+        ids = rows[:, :length].clone()
+        texts = [[names[token] for token in row] for row in ids.tolist()]
+        assert counter.count(ids).tolist() == [sum(text.count("Bar") for text in row) for row in texts]
+        assert [None if state.program is None else names[state.program] for state in running.rows(ids)] == [
+            last_program(row) for row in texts
+        ]
+        scores = torch.zeros(3, chosen.vocab_size)
+        assert torch.equal(shared(ids, scores), alone(config)(ids, scores))
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 3, "do_sample": False}, {"use_mtp": True}])
+def test_processors_that_share_a_state_write_the_same(tokenizer, options):
+    model = tiny_model(tokenizer, num_hidden_layers=1, num_mtp_layers=3)
+    start = torch.tensor([tokenizer.midi_to_ids(band(bars=1))])
+    written = []
+    for running in (None, RunningState(model.config)):
+        torch.manual_seed(0)
+        processors = [
+            MinBarsLogitsProcessor(model.config, 3, running),
+            NoDoubledNotesLogitsProcessor(model.config, running),
+        ]
+        stop = [BarCountCriteria(model.config, 3, running)]
+        rules = {"logits_processor": processors, "stopping_criteria": stop}
+        written.append(model.generate(start, max_new_tokens=150, **rules, **options))
+    assert torch.equal(*written)
+    assert running.rows(written[0])[0].bars == BarCountCriteria(model.config, 0).count(written[0])

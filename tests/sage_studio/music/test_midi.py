@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import band, notes_of
 
+from perceivers import PerceiverSTokenizer
 from sage_studio.errors import InvalidMidiError
 from sage_studio.files import write_atomic
 from sage_studio.music.midi import (
@@ -67,6 +68,16 @@ def test_what_cannot_be_read_says_why_and_where(tmp_path, data, reason):
     assert str(path) in str(caught.value)
     with pytest.raises(InvalidMidiError, match=reason):
         read_score(data)
+
+
+@pytest.mark.parametrize("data", [midi_file(NOTE + END, division=0xE728), b"RIFF", midi_file(NOTE)[:-1]])
+def test_every_reader_refuses_in_the_same_words(tokenizer, data):
+    said = set()
+    for read in (read_score, tokenizer.midi_to_ids, PerceiverSTokenizer().midi_to_ids):
+        with pytest.raises(ValueError, match="<bytes>") as caught:
+            read(data)
+        said.add(str(caught.value))
+    assert len(said) == 1
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
