@@ -17,7 +17,12 @@ import torch
 from symusic import Score, Tempo
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from sage_music.generation_sage_music import BarCountCriteria, MinBarsLogitsProcessor, NoDoubledNotesLogitsProcessor
+from sage_music.generation_sage_music import (
+    BarCountCriteria,
+    MinBarsLogitsProcessor,
+    NoDoubledNotesLogitsProcessor,
+    RunningState,
+)
 from sage_music.modeling_sage_music import SageMusicForCausalLM
 from sage_music.tokenization_sage_music import SageMusicTokenizer
 from sage_studio.defaults import BARS, PROMPT_BARS
@@ -225,19 +230,19 @@ class BarsPlan(Plan):
         deadline = None if self.time_limit is None else Deadline(self.time_limit)
         while row.goes_on:
             heard = row.window()
-            goal = row.goal(heard)
+            goal, running = row.goal(heard), RunningState(model.config)
             output = model.generate(
                 torch.tensor([heard.ids], device=model.device),
                 attention_mask=torch.ones(1, len(heard.ids), dtype=torch.long, device=model.device),
                 max_new_tokens=model.config.max_position_embeddings - len(heard.ids),
                 stopping_criteria=StoppingCriteriaList(
-                    [BarCountCriteria(model.config, goal), *self.stops(streamer, deadline)]
+                    [BarCountCriteria(model.config, goal, running), *self.stops(streamer, deadline)]
                 ),
                 logits_processor=LogitsProcessorList(
                     [
-                        MinBarsLogitsProcessor(model.config, goal),
-                        NoDoubledNotesLogitsProcessor(model.config),
-                        LeaveProgram(model.config, [self.forbidden]),
+                        MinBarsLogitsProcessor(model.config, goal, running),
+                        NoDoubledNotesLogitsProcessor(model.config, running),
+                        LeaveProgram(model.config, [self.forbidden], running),
                     ]
                 ),
                 # Given here, they replace the checkpoint's own.
@@ -374,20 +379,18 @@ class LeaveProgram(LogitsProcessor):
 
     Args:
         forbidden: ids that must not be used, for each row.
+        running_state: which the other processors use too.
     """
 
-    def __init__(self, config, forbidden: Sequence[Sequence[int]]):
-        changes = np.array(config.grammar["drum_after"]) != -2
-        self.programs = set(np.flatnonzero(changes).tolist()) - {config.bos_token_id}
-        self.forbidden = [self.programs & set(ids) for ids in forbidden]
+    def __init__(self, config, forbidden: Sequence[Sequence[int]], running_state: RunningState):
+        self.forbidden, self.running_state = list(map(set, forbidden)), running_state
         self.notes = torch.tensor(config.grammar["drum_needed"]) >= 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        for row, forbidden in enumerate(self.forbidden):
-            if not forbidden:
-                continue
-            current = next((token for token in reversed(input_ids[row].tolist()) if token in self.programs), None)
-            if current in forbidden:
+        if not any(self.forbidden):
+            return scores
+        for row, state in enumerate(self.running_state.rows(input_ids)):
+            if state.program in self.forbidden[row]:
                 scores = scores.clone()
                 scores[row] = scores[row].masked_fill(self.notes.to(scores.device), -torch.inf)
         return scores

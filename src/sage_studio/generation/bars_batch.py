@@ -14,7 +14,12 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from sage_music.generation_sage_music import BarCountCriteria, MinBarsLogitsProcessor, NoDoubledNotesLogitsProcessor
+from sage_music.generation_sage_music import (
+    BarCountCriteria,
+    MinBarsLogitsProcessor,
+    NoDoubledNotesLogitsProcessor,
+    RunningState,
+)
 
 from .bars import BarsPlan, LeaveProgram, Row
 from .result import Piece, check_together
@@ -65,8 +70,12 @@ def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline:
     room = [model.config.max_position_embeddings - len(window.ids) for window in windows]
     inputs = pad_left([window.ids for window in windows], pad, model.device)
     width = inputs["input_ids"].shape[1]
+    running = RunningState(model.config)
     # What the bar counters compare with is a number for one row, and here one number a row.
-    stops = [BarCountCriteria(model.config, goals), _ContextIsFull(width, torch.tensor(room, device=model.device))]
+    stops = [
+        BarCountCriteria(model.config, goals, running),
+        _ContextIsFull(width, torch.tensor(room, device=model.device)),
+    ]
     stops.append(Cancelled([plan.is_cancelled for plan in plans]))
     output = model.generate(
         **inputs,
@@ -77,9 +86,9 @@ def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline:
         logits_processor=LogitsProcessorList(
             [
                 _Forbid([plan.forbidden for plan in plans], model.config.vocab_size, model.device),
-                MinBarsLogitsProcessor(model.config, goals),
-                NoDoubledNotesLogitsProcessor(model.config),
-                LeaveProgram(model.config, [plan.forbidden for plan in plans]),
+                MinBarsLogitsProcessor(model.config, goals, running),
+                NoDoubledNotesLogitsProcessor(model.config, running),
+                LeaveProgram(model.config, [plan.forbidden for plan in plans], running),
                 *row_sampler(model.generation_config, plans[0].sampling, generators, room),
             ]
         ),
