@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from sage_studio.publishing.export import export, own_files
+from sage_studio.publishing.push import write_repository
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKEN = "hf_of_someone"
@@ -313,3 +314,21 @@ def test_what_the_hub_refuses_is_said(hub, exported, sent, monkeypatch):
     monkeypatch.setattr("hub_server.ROUTES", routes)
     with pytest.raises(ValueError, match=r"someone/mine: http://127.0.0.1:\d+ refused: Storage limit reached"):
         sent(exported, "someone/mine")
+
+
+def test_a_dry_run_writes_what_would_be_sent_and_asks_nobody(hub, exported, sent, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    folder = write_repository(exported, "someone/mine", tmp_path / "sent")
+    assert write_repository(exported, "someone/mine", tmp_path / "sent") == folder  # an older one is replaced
+    with pytest.raises(ValueError, match="license is for an export that is made"):
+        write_repository(exported, "someone/mine", folder, license="mit")
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"other things in it \(thesis\.tex\)"):
+        write_repository(exported, "someone/mine", folder)
+    (folder / "thesis.tex").unlink()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    sent(exported, "someone/mine")
+    files = hub.files("someone/mine")
+    assert {name: (folder / name).read_bytes() for name in own_files(folder)} == {
+        name: content for name, content in files.items() if name != ".gitattributes"
+    }
