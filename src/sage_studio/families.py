@@ -227,7 +227,7 @@ PERCEIVERS = Family(
     },
     eval_pieces=12,
     example="greensleeves",
-    sample={"prompt_seconds": 11.0, "seconds": 16.0},
+    sample={"prompt_s": 11.0, "music_s": 16.0},
     tags=("piano", "perceivers"),
     about="A model of expressive piano performance: it continues the beginning of a MIDI file.",
     limits="Pedal is folded into durations, and times are on a grid of 10 ms.",

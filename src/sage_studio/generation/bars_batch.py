@@ -75,8 +75,8 @@ def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline:
     stops = [
         BarCountCriteria(model.config, goals, running),
         _ContextIsFull(width, torch.tensor(room, device=model.device)),
+        Cancelled([plan.is_cancelled for plan in plans]),
     ]
-    stops.append(Cancelled([plan.is_cancelled for plan in plans]))
     output = model.generate(
         **inputs,
         max_new_tokens=max(room),
