@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -178,6 +177,8 @@ for index, more in enumerate(({}, {"temperature": 0.5, "audio": True, "sample_ra
         answer = handler({"inputs": inputs, "parameters": {**json.loads(options), **more, "seed": index}})
         if "midi" in answer:
             break
+    else:
+        sys.exit(str(answer))
     for name in ("midi", "audio"):
         if name in answer:
             Path(f"{index}.{name[:3]}").write_bytes(base64.b64decode(answer.pop(name)))
@@ -368,10 +369,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--only", default="", metavar="WORD", help="checks with this in their names")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="to work in; it is made anew")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new one, to work in and to leave there")
     args = parser.parse_args(argv)
     if args.keep is not None:
-        shutil.rmtree(args.keep, ignore_errors=True)
         args.keep.mkdir(parents=True)
     checks, failed = [name for name in CHECKS if args.only in name], 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

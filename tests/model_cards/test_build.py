@@ -183,9 +183,9 @@ def test_the_snippets_run_as_they_stand(name, tmp_path, monkeypatch):
     for snippet in (local, with_package):
         short = re.sub(r"\bbars=16", "bars=2", snippet)
         short = (
-            short.replace("seconds=120", "seconds=12")
-            .replace("seconds=60", "seconds=3")
-            .replace("seconds=20", "seconds=4")
+            short.replace("music_s=120", "music_s=12")
+            .replace("music_s=60", "music_s=3")
+            .replace("prompt_s=20", "prompt_s=4")
         )
         assert short != snippet
         exec(compile(short, f"{name}.md", "exec"), {})

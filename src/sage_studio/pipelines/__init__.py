@@ -33,18 +33,12 @@ def pipeline_class(family: str) -> type[ContinuationPipeline]:
     return type(f"{found.prefix}ContinuationPipeline", (ContinuationPipeline,), {"family": found, **code})
 
 
-class MidiContinuationPipeline:
+class MidiContinuationPipeline(ContinuationPipeline):
     """The `midi-continuation` pipeline of whichever family the model is of: its class is that family's.
 
     Raises:
         ValueError: a model of neither family.
     """
-
-    # What `pipeline()` loads is asked of the class before there is a model.
-    _load_tokenizer, _load_processor = ContinuationPipeline._load_tokenizer, ContinuationPipeline._load_processor
-    _load_image_processor = ContinuationPipeline._load_image_processor
-    _load_video_processor = ContinuationPipeline._load_video_processor
-    _load_feature_extractor = ContinuationPipeline._load_feature_extractor
 
     def __new__(cls, model, *args, **kwargs) -> ContinuationPipeline:
         return pipeline_class(family_of(model).model_type)(model, *args, **kwargs)

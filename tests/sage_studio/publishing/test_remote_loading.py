@@ -26,7 +26,7 @@ from sage_studio.publishing.push import push
 TOKEN = "hf_of_someone"
 BUNDLED = ("sage-music", "perceivers")
 # Short music, so that the test is.
-OPTIONS = {"sage-music": {"prompt_bars": 2, "bars": 2}, "perceivers": {"prompt_s": 2, "seconds": 2}}
+OPTIONS = {"sage-music": {"prompt_bars": 2, "bars": 2}, "perceivers": {"prompt_s": 2, "music_s": 2}}
 
 BLOCKED = """
 import sys
@@ -143,7 +143,7 @@ def test_a_revision_pins_weights_and_code(hub, tmp_path, tokenizer):
         model.save_pretrained(tmp_path / f"tiny{number}")
         tokenizer.save_pretrained(tmp_path / f"tiny{number}")
         folders.append(export(tmp_path / f"tiny{number}", tmp_path / f"out{number}", license="mit", samples=False))
-    with open(folders[1] / "sage_studio_generation_bars.py", "a") as file:
+    with open(folders[1] / "midi_continuation.py", "a") as file:
         file.write("SECOND = True\n")
     first = push(folders[0], "someone/tiny", token=TOKEN)
     HfApi(token=TOKEN).create_branch("someone/tiny", branch="stable")
