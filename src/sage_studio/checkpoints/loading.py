@@ -13,19 +13,11 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from perceivers import PerceiverSForCausalLM, PerceiverSTokenizer
-from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 from sage_studio.errors import CheckpointError, MissingExtraError, install_hint
-from sage_studio.families import FAMILIES, bundled
+from sage_studio.families import FAMILIES, bundled, family_of
 
 # The folders of the bundled checkpoints by their short names, the default first; not each need be installed.
 BUNDLED = {family.checkpoint: family.pretrained for family in FAMILIES.values()}
-
-# The classes of a checkpoint by its config's model_type.
-CLASSES = {
-    "sage_music": (SageMusicForCausalLM, SageMusicTokenizer),
-    "perceivers": (PerceiverSForCausalLM, PerceiverSTokenizer),
-}
 
 
 def load(checkpoint: str | os.PathLike | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizer]:
@@ -83,11 +75,10 @@ def _load_whole(name: str, with_adapter: bool = False) -> tuple[PreTrainedModel,
         model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if model_type is None:
             raise CheckpointError(f"{name}: no checkpoint (it has no config.json that names a model_type).")
-        if model_type not in CLASSES:
-            raise CheckpointError(
-                f"{name}: a checkpoint of the model type {model_type!r}, not one of {', '.join(map(repr, CLASSES))}."
-            )
-        model_class, tokenizer_class = CLASSES[model_type]
+        try:
+            model_class, tokenizer_class = family_of(model_type).classes
+        except ValueError as error:
+            raise CheckpointError(f"{name}: a checkpoint of {error}") from error
         config = model_class.config_class.from_pretrained(name)
         # Without its files Transformers makes one of default settings, which need not be the model's.
         files = ("tokenizer_config.json", *tokenizer_class.vocab_files_names.values())
