@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sage_music import SageMusicForCausalLM, SageMusicTokenizer
 from sage_studio.checkpoints import load
+from sage_studio.families import SAGE_MUSIC
 from sage_studio.files import changes, write_atomic
 from sage_studio.publishing.licences import carry
 from sage_studio.train.arguments import parse
@@ -117,7 +118,7 @@ def uptrain(
     steps_of(fraction, original_tokens, 1)
     folder = pool(source, output, routing, kv_heads, pooling)
     argv = ["--model", str(folder), "--output", str(output), *options]
-    _, data, _, args = parse([*argv, "--max_steps", "1"], lambda model: "sage_music")
+    _, data, _, args = parse([*argv, "--max_steps", "1"], lambda model: SAGE_MUSIC)
     rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     steps = steps_of(fraction, original_tokens, rows * (data.block_size or BLOCK_SIZE))
     print(f"note: {steps} steps, {fraction:.1%} of {original_tokens:,.0f} tokens.", file=sys.stderr)

@@ -48,7 +48,7 @@ class Family:
         grammar: the processor that keeps generation to the grammar.
         summary: what `sage-music info` says of a model.
         parts: what training is made of; `recipe`: its defaults of `TrainingArguments`; `eval_pieces`: pieces that it
-            evaluates on.
+            evaluates on; `windows`: items in which each token of a piece is predicted once, and what makes batches.
         example: the prompt of an export's samples; `sample`: the options of its continuation.
         tags: of a model card; `about`: what a card says of it; `limits`: what it cannot do; `widget`: a beginning.
     """
@@ -73,6 +73,7 @@ class Family:
     grammar: str
     summary: str
     parts: str
+    windows: str
     recipe: dict[str, Any]
     eval_pieces: int
     example: str
@@ -135,6 +136,7 @@ SAGE_MUSIC = Family(
     grammar="sage_music:MidiGrammarLogitsProcessor",
     summary="sage_studio.checkpoints.summary:of_sage_music",
     parts="sage_studio.train.parts:sage_music_parts",
+    windows="sage_studio.train.nats:sage_music_windows",
     # A rate that a style the checkpoint knows survives, and a new one is still learned by in a few dozen steps.
     recipe={"learning_rate": 3e-4, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8},
     eval_pieces=60,
@@ -171,6 +173,7 @@ PERCEIVERS = Family(
     grammar="perceivers:PerformanceGrammarLogitsProcessor",
     summary="sage_studio.checkpoints.summary:of_perceivers",
     parts="sage_studio.train.parts:perceivers_parts",
+    windows="sage_studio.train.nats:perceivers_windows",
     # Segments are as long as the context: one at a time.
     recipe={
         "learning_rate": 2e-4,
@@ -202,9 +205,14 @@ def family_of(model: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def of_tokenizer(name: str | None) -> Family | None:
+    """The family whose tokenizer's class has the name `name`; None where it is none's."""
+    return next((family for family in FAMILIES.values() if name == f"{family.prefix}Tokenizer"), None)
+
+
 def bundled(name: str) -> Family | None:
     """The family whose bundled checkpoint has the short name `name`; None where it is none's."""
     return next((family for family in FAMILIES.values() if family.checkpoint == name), None)
 
 
-__all__ = ["FAMILIES", "PERCEIVERS", "SAGE_MUSIC", "Family", "Option", "bundled", "family_of"]
+__all__ = ["FAMILIES", "PERCEIVERS", "SAGE_MUSIC", "Family", "Option", "bundled", "family_of", "of_tokenizer"]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from sage_studio.families import bundled, of_tokenizer
+
 from . import prepare_corpus
 from .encoding import SIZE_LIMIT
 from .shards import SHARD_BYTES, check_output, fetch, is_prepared, write_shards
@@ -100,9 +102,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizer":
     """
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    if name in ("sage-music", "perceivers"):
-        kind = "SageMusicTokenizer" if name == "sage-music" else "PerceiverSTokenizer"
-    else:
+    family = bundled(name)
+    source = name if family is None else family.pretrained
+    if family is None:
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
             raise ValueError(f"{name}: no such folder.")
         try:
@@ -110,17 +112,12 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizer":
         except Exception as error:  # the Hub, HTTP and sockets raise a dozen kinds; all mean the same here
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{name}: no tokenizer can be loaded from it: {reason}") from error
-    # Only the family that is asked for is imported: seconds.
-    if kind == "SageMusicTokenizer":
-        import sage_music as family
-    elif kind == "PerceiverSTokenizer":
-        import perceivers as family
-    else:
-        what = f"a {kind}" if kind else "no tokenizer_config.json"
-        raise ValueError(f"{name}: has {what}; a SageMusicTokenizer or a PerceiverSTokenizer is needed.")
-    source = family.PRETRAINED if name in ("sage-music", "perceivers") else name
+        family = of_tokenizer(kind)
+        if family is None:
+            what = f"a {kind}" if kind else "no tokenizer_config.json"
+            raise ValueError(f"{name}: has {what}; a SageMusicTokenizer or a PerceiverSTokenizer is needed.")
     try:
-        return getattr(family, kind).from_pretrained(source)
+        return family.classes[1].from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
 

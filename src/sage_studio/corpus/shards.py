@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sage_studio.families import SAGE_MUSIC, of_tokenizer
 from sage_studio.files import MIDI_SUFFIXES
 
 from .encoding import MidiTokenizer, ids_dtype, tokenizer_key
@@ -294,11 +295,11 @@ def check_vocabulary(source: str | os.PathLike, info: dict, tokenizer: MidiToken
     """
     made, given = info["tokenizer"], describe_tokenizer(tokenizer)
     if made["vocabulary"] != given["vocabulary"]:
-        model = "perceivers" if given["class"].startswith("Perceiver") else "sage-music, or your checkpoint"
+        family = of_tokenizer(given["class"]) or SAGE_MUSIC
         raise ValueError(
             f"{source}: its ids are of {made['class']} ({made['vocab_size']:,} tokens), the model's tokenizer is "
             f"{given['class']} ({given['vocab_size']:,} tokens): two vocabularies. Prepare the MIDI files again with "
-            f"--model {model}."
+            f"--model {family.checkpoint}, or your checkpoint."
         )
     if made["key"] != given["key"]:
         warnings.warn(

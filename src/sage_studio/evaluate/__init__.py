@@ -75,17 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--write-prompts", type=Path, metavar="FOLDER", help="write the prompts as MIDI files, for other systems")
     add = parser.add_argument_group("set").add_argument
     add("--mode", choices=MODES, help=f"of KLD and OA (default: {MODES[0]})")
-    add(
-        "--seconds",
-        dest="music_s",
-        metavar="SECONDS",
-        type=float,
-        help=f"length of PerceiverS' pieces (default: {SECONDS:g})",
-    )
+    length = f"length of PerceiverS' pieces (default: {SECONDS:g})"
+    add("--seconds", dest="music_s", type=float, metavar="SECONDS", help=length)
     add("--max-tokens", type=int, help="tokens of PerceiverS' pieces at most; alone, the model ends the piece")
-    add(
-        "--cut-seconds", dest="cut_s", type=float, help="look at the first so many seconds of every piece, human or not"
-    )
+    first = "look at the first so many seconds of every piece, human or not"
+    add("--cut-seconds", dest="cut_s", type=float, metavar="CUT_SECONDS", help=first)
     add("--references", type=int, help="human pieces (default: all)")
     add("--half-samples", type=int, help=f"behind the intervals of OA (default: {HALF_SAMPLES})")
     add = parser.add_argument_group("likelihood").add_argument

@@ -188,7 +188,7 @@ def evaluate_continuations(
         else:
             sampling = {"temperature": temperature, "top_p": top_p}
             write, home = CheckpointWriter(system.source, **shape, **sampling, device=device), system.home(out)
-            by_seconds = {"performed": system.family == "perceivers", "continuation_only": False}
+            by_seconds = {"performed": not system.family.counts_bars, "continuation_only": False}
             options = {**by_seconds, "workers": workers, "settings": {"weights": system.fingerprint, **sampling}}
             _keep(home, seed, {**shape, **by_seconds}, options["settings"])
         jobs.append(_Job(system, write, home, options))
@@ -201,7 +201,7 @@ def evaluate_continuations(
         )
         for job in jobs
     }
-    kinds = {system.label: system.family or "folder" for system in found}
+    kinds = {system.label: system.family.model_type if system.family else "folder" for system in found}
     records |= _reference_scores(files, prompt_bars, bars)
     values = {label: {record["piece"]: record["nmsi"] for record in of_label} for label, of_label in records.items()}
     result = {

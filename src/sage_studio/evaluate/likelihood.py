@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sage_studio.families import family_of
 from sage_studio.files import Journal
 from sage_studio.reports import plotting
 
@@ -78,18 +79,8 @@ class PieceLikelihood:
 
     def dataset(self, path: str):
         """The piece as training's evaluation takes it, and what makes batches of it; raises `ValueError` as `ids`."""
-        from torch.utils.data import default_collate
-
         model, tokenizer = self.parts()
-        pieces = [self.ids(path)]
-        if model.config.model_type == "perceivers":
-            from perceivers.segmentation import SegmentCollator, SequentialDataset
-
-            dataset = SequentialDataset(pieces, model.config.max_position_embeddings, model.config.num_latents)
-            return dataset, SegmentCollator(tokenizer.pad_token_id)
-        from sage_music.data import WindowDataset
-
-        return WindowDataset(pieces, tokenizer, self.window), default_collate
+        return family_of(model).load("windows")([self.ids(path)], model, tokenizer, self.window)
 
     def ids(self, path: str) -> np.ndarray:
         """Token ids of a file, with its end; raises `ValueError` where there are none."""
@@ -144,7 +135,7 @@ def evaluate_likelihood(
         work = PieceLikelihood(system.source, window, device)
         items = {key: (key, str(path)) for key, path in files.items()}
         records[system.label] = finish(homes[system.label], items, work, workers, system.label, digests(files))
-        kinds[system.label] = system.family
+        kinds[system.label] = system.family.model_type
     baselines, seen = {}, []
     for system in found:
         vocabulary = loaded(system.source, device)[1].get_vocab()

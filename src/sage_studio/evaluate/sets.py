@@ -302,7 +302,7 @@ def evaluate_sets(
     settings = {}
     for system in found:
         if system.family is not None:
-            own = {"bars": bars} if system.family == "sage_music" else {"music_s": music_s, "max_tokens": max_tokens}
+            own = {"bars": bars} if system.family.counts_bars else {"music_s": music_s, "max_tokens": max_tokens}
             settings[system.label] = {"weights": system.fingerprint, **own, **sampling}
             _keep(system.home(out), seed, settings[system.label])
     options = {"mode": mode, "cut_s": cut_s, "performed": performed, "workers": workers}

@@ -16,6 +16,7 @@ from pathlib import Path
 from symusic import Score
 
 from sage_studio.defaults import BARS, PROMPT_BARS, SECONDS
+from sage_studio.families import Family, bundled, family_of
 from sage_studio.files import MIDI_SUFFIXES, midi_files
 from sage_studio.music.midi import bar_times
 
@@ -29,13 +30,13 @@ class System:
     Attributes:
         label: its name in tables.
         source: checkpoint or folder, as given.
-        family: the checkpoint's model type; None for a folder of MIDI files.
+        family: the checkpoint's; None for a folder of MIDI files.
         fingerprint: of a checkpoint's files, so that results of other weights are not taken for its own.
     """
 
     label: str
     source: str
-    family: str | None
+    family: Family | None
     fingerprint: str = ""
 
     def home(self, out: str | os.PathLike) -> Path:
@@ -75,19 +76,18 @@ def _find_system(label: str, source: str) -> System:
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{source}: a system is a checkpoint or a folder of MIDI files, not one file.")
-    if folder.is_dir() and not (folder / "config.json").is_file() and source not in ("sage-music", "perceivers"):
+    if folder.is_dir() and not (folder / "config.json").is_file() and bundled(source) is None:
         if not any(path.suffix.lower() in MIDI_SUFFIXES for path in folder.rglob("*")):
             raise ValueError(f"{source}: neither a checkpoint (no config.json in it) nor a folder with MIDI files.")
         return System(label, source, None)
-    from sage_studio.checkpoints.loading import BUNDLED
-
     model, _ = loaded(source, "cpu")
-    home = BUNDLED.get(source, folder)
+    own = bundled(source)
+    home = own.pretrained if own else folder
     digest = hashlib.sha256()
     for path in sorted(home.glob("*")) if home.is_dir() else []:
         if path.suffix in (".json", ".safetensors") and path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
-    return System(label, source, model.config.model_type, digest.hexdigest()[:16])
+    return System(label, source, family_of(model), digest.hexdigest()[:16])
 
 
 @cache
@@ -147,20 +147,18 @@ class CheckpointWriter:
         """The written `sage_studio.generation.sampling.Generated`; `path` None begins from nothing."""
         model, tokenizer = loaded(self.checkpoint, self.device)
         options = {"temperature": self.temperature, "top_p": self.top_p, "seed": seed}
-        if model.config.model_type == "perceivers":
-            from sage_studio.generation.seconds import continue_performance, generate_performance
+        family, length = family_of(model), (self.prompt_bars, self.bars)
+        if path is not None:
+            if not family.counts_bars:
+                lines = bar_times(read_quietly(path), sum(length) + 1)
+                start, end = lines[[self.prompt_bars, sum(length)]].tolist()
+                length = (start, end - start)
+            return family.load("plan")(model, tokenizer, path, *length, **options).write()
+        if family.counts_bars:
+            return family.load("begin")(model, tokenizer, self.bars, **options).write()
+        from sage_studio.generation.seconds import generate_performance
 
-            if path is None:
-                options |= {"seconds": self.music_s, "max_tokens": self.max_tokens}
-                return generate_performance(model, tokenizer, **options)
-            total = self.prompt_bars + self.bars
-            start, end = bar_times(read_quietly(path), total + 1)[[self.prompt_bars, total]].tolist()
-            return continue_performance(model, tokenizer, path, start, end - start, **options)
-        from sage_studio.generation.bars import continue_score, generate_piece
-
-        if path is None:
-            return generate_piece(model, tokenizer, self.bars, **options)
-        return continue_score(model, tokenizer, path, self.prompt_bars, self.bars, **options)
+        return generate_performance(model, tokenizer, self.music_s, self.max_tokens, **options)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Perceiver AR's random crops against effective segmentation, in pieces written from nothing."""
 
+from sage_studio.families import PERCEIVERS
+
 from .study import Arm, Claim, Scale, Study
 
 # A context of 4,096 tokens, 1,024 latents and a second scale of 1,024 where there is one: the shape of every study of
 # PerceiverS at this scale, so that they share runs.
-SHAPE = {"family": "perceivers", "hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 8}
+SHAPE = {"family": PERCEIVERS.model_type, "hidden_size": 192, "intermediate_size": 512, "layers": 4, "heads": 8}
 SIZES = {"context": 4096, "num_latents": 1024}
 HALF_SAMPLES = 8  # for the intervals of Overlap Areas, where a measure's options say nothing else
 SETS = {"pieces": 32, "tokens": 4096, "half_samples": HALF_SAMPLES}

@@ -14,6 +14,7 @@ import numpy as np
 from sage_music import SageMusicTokenizer
 from sage_studio.corpus import TokenStore, encode_corpus
 from sage_studio.corpus.prepared import collect
+from sage_studio.families import SAGE_MUSIC
 from sage_studio.files import SPLITS
 
 from .study import CORPORA, Run, StudyError
@@ -43,10 +44,10 @@ TRAINING = {
     "segmentation": ("segmentation",),
     "position_uniform": ("position_uniform",),
 }
-# What all runs of all studies share, and what a family's have where a study says nothing.
+# What all runs of all studies share, where a study says nothing else.
 RECIPE = "--learning_rate 2e-3 --lr_scheduler_type warmup_stable_decay --gradient_accumulation_steps 1".split()
 RECIPE += "--logging_steps 50 --sample_steps 0 --report_to none --disable_tqdm true --eval_on_start false".split()
-DEFAULTS = {"perceivers": {"context": 8192, "position_uniform": False}}
+RECIPE += ["--position_uniform", "false"]  # of PerceiverS
 
 # Files a BPE vocabulary is learned from.
 BPE_FILES = 400
@@ -92,9 +93,9 @@ def train(run: Run, data: Path, cache: Path) -> None:
 def arguments(run: Run, data: Path, cache: Path) -> list[str]:
     """Arguments of `python -m sage_studio.train` for a run; writes its `config.json`, the new model's config."""
     folder, licences = CORPORA[run.corpus]
-    options = {**DEFAULTS.get(run.options.get("family", ""), {}), **run.options}
+    options = run.options
     # A compound model's config is its own trainer's; PerceiverS says its family, SAGE-Music is what is left.
-    fields = {"model_type": options.get("family", "sage_music")}
+    fields = {"model_type": options.get("family", SAGE_MUSIC.model_type)}
     fields |= {to: options[name] for name, to in CONFIG.items() if options.get(name) is not None}
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

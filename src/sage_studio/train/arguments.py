@@ -9,8 +9,9 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from sage_studio.defaults import BARS
+from sage_studio.families import SAGE_MUSIC, Family
 
-# Defaults of `TrainingArguments` by family; whatever is given on the command line comes before them.
+# Defaults of `TrainingArguments`, beside a family's own; what is given on the command line comes before them.
 RECIPE = {
     "max_steps": 200,  # minutes on two cores, and enough for a folder of one style
     "lr_scheduler_type": "cosine",
@@ -34,17 +35,6 @@ RECIPE = {
     "ddp_find_unused_parameters": False,
     "label_names": ["labels"],
     "seed": 0,
-}
-RECIPES = {
-    # Rates that a style the checkpoint knows survives, and a new one is still learned by in a few dozen steps.
-    "sage_music": {"learning_rate": 3e-4, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8},
-    # Segments are as long as the context: one at a time.
-    "perceivers": {
-        "learning_rate": 2e-4,
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 4,
-    },
 }
 
 
@@ -155,7 +145,7 @@ class WatchArguments:
     )
 
 
-def build_parser(family: str) -> HfArgumentParser:
+def build_parser(family: Family) -> HfArgumentParser:
     """All options, those of `TrainingArguments` with the family's defaults; `--output` is `--output_dir`."""
     kinds = (ModelArguments, DataArguments, WatchArguments, TrainingArguments)
     parser = HfArgumentParser(
@@ -169,14 +159,14 @@ def build_parser(family: str) -> HfArgumentParser:
         if action.dest in ("data", "output_dir"):
             action.required = True
     own = {field.name for kind in kinds[:-1] for field in fields(kind)}
-    recipe = {**RECIPE, **RECIPES.get(family, RECIPES["sage_music"]), "use_cpu": not torch.accelerator.is_available()}
+    recipe = {**RECIPE, **family.recipe, "use_cpu": not torch.accelerator.is_available()}
     recipe["disable_tqdm"] = not sys.stderr.isatty()
     parser.set_defaults(**{name: value for name, value in recipe.items() if name not in own})
     return parser
 
 
 def parse(
-    argv: Sequence[str], family_of: Callable[[str], str]
+    argv: Sequence[str], family_of: Callable[[str], Family]
 ) -> tuple[ModelArguments, DataArguments, WatchArguments, TrainingArguments]:
     """Options of a command line; `family_of` says of `--model` whose defaults hold.
 
@@ -188,7 +178,7 @@ def parse(
     early.add_argument("--model", default=ModelArguments.model)
     model = early.parse_known_args(argv)[0].model
     asks_help = {"-h", "--help"} & set(argv)
-    parser = build_parser("" if asks_help else family_of(model))
+    parser = build_parser(SAGE_MUSIC if asks_help else family_of(model))
     parser.set_defaults(
         **_implied({text[2:].split("=")[0].replace("-", "_") for text in argv if text[:2] == "--"}, argv)
     )
@@ -239,7 +229,6 @@ def _implied(given: set[str], argv: list[str]) -> dict:
 
 __all__ = [
     "RECIPE",
-    "RECIPES",
     "DataArguments",
     "ModelArguments",
     "WatchArguments",

@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from perceivers import PerformanceGrammarLogitsProcessor
-from sage_music import MidiGrammarLogitsProcessor
 from sage_studio.checkpoints.provenance import NOTICE, RECORD, ProvenanceError, read_record, record_of, write_record
 from sage_studio.errors import MissingExtraError
+from sage_studio.families import family_of
 from sage_studio.files import write_atomic
-from sage_studio.generation.bars import generate_piece
 from sage_studio.generation.sampling import Generated
 from sage_studio.generation.seconds import generate_performance
 from sage_studio.music.midi import write_midi
@@ -32,10 +30,7 @@ def valid_mass(model: PreTrainedModel, ids: list[int]) -> float:
     """
     config = model.config
     ids = torch.tensor([ids[: min(GRAMMAR_TOKENS, config.max_position_embeddings)]])
-    if config.model_type == "perceivers":
-        processor = PerformanceGrammarLogitsProcessor(config)
-    else:
-        processor = MidiGrammarLogitsProcessor(config)
+    processor = family_of(model).load("grammar")(config)
     logits = model(ids.to(model.device), use_cache=False).logits[0]  # (n, V) of the last n positions
     probabilities = logits.float().softmax(-1).cpu()
     first = ids.shape[1] - len(probabilities)
@@ -99,9 +94,10 @@ class SampleCallback(TrainerCallback):
         return {"sample_valid_mass": round(sum(masses) / len(masses), 6), "sample_notes": notes / len(masses)}
 
     def _piece(self, model: PreTrainedModel, seed: int) -> Generated:
-        if model.config.model_type == "perceivers":
-            return generate_performance(model, self.tokenizer, seconds=self.bars * SECONDS_PER_BAR, seed=seed)
-        return generate_piece(model, self.tokenizer, bars=self.bars, seed=seed)
+        family = family_of(model)
+        if family.counts_bars:
+            return family.load("begin")(model, self.tokenizer, self.bars, seed=seed).write()
+        return generate_performance(model, self.tokenizer, self.bars * SECONDS_PER_BAR, seed=seed)
 
 
 # ---- where the weights come from

@@ -15,13 +15,14 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingA
 from transformers.utils import logging
 
 from sage_studio.errors import MissingExtraError
+from sage_studio.families import SAGE_MUSIC
 from sage_studio.files import write_atomic
 
 from .arguments import DataArguments, ModelArguments, WatchArguments, parse
 from .callbacks import OriginCallback, SampleCallback, keep_origin, tell_origin
 from .checks import check_arguments, check_output, check_ranks
 from .nats import sum_of_nats
-from .parts import PARTS, EndlessStream, Parts, WholeBatches, model_type_of
+from .parts import EndlessStream, Parts, WholeBatches, family_named
 from .resuming import check_run, is_finished, last_complete, state_of, step_of, times_no_better
 
 # What makes a run what it is: with another one of these, a checkpoint must not be gone on from.
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None, parts: PartsMaker | None = None) -> 
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
     try:
-        options = parse(sys.argv[1:] if argv is None else argv, model_type_of if parts is None else lambda model: "")
+        family = family_named if parts is None else lambda model: SAGE_MUSIC
+        options = parse(sys.argv[1:] if argv is None else argv, family)
         report = train(*options, parts=parts)
         if options[3].process_index == 0:
             _say(report, Path(options[3].output_dir))
@@ -77,8 +79,14 @@ def train(
     check_output(args)
     set_seed(args.seed)
     logging.disable_progress_bar()
+    if parts is None:
+        family = family_named(model.model)
+        parts = family.load("parts")
+        data.eval_pieces = family.eval_pieces if data.eval_pieces is None else data.eval_pieces
+    else:
+        watch.sample_steps = 0  # nobody knows how such a model writes
     with args.main_process_first():  # the others find its files' tokens kept
-        made = (parts or PARTS[model_type_of(model.model)])(model, data, args)
+        made = parts(model, data, args)
     network = adapted = made.model
     if model.lora_rank is not None:
         from sage_studio.checkpoints.lora import add_lora
@@ -172,8 +180,7 @@ def _trainer(
         trainer.add_callback(EarlyStoppingCallback(watch.early_stopping_patience))
     every = args.eval_steps if watch.sample_steps is None else watch.sample_steps
     every = max(1, round(every * max(args.max_steps, 1))) if every and every < 1 else int(every or 0)
-    known = made.model.config.model_type in PARTS
-    if every and known and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+    if every and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
         if importlib.util.find_spec("matplotlib") is None and args.process_index == 0:
             print("note: samples have no pictures: pip install 'sage-music[plot]'", file=sys.stderr)
         folder = Path(args.output_dir) / "samples"

@@ -1,6 +1,28 @@
-"""Nats of a batch, kept as one number a row: what evaluation needs of the logits."""
+"""What evaluation is made of: windows in which each token of a piece is predicted once, and the nats of their rows."""
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
+from torch.utils.data import Dataset, default_collate
+
+from perceivers.segmentation import SegmentCollator, SequentialDataset
+from sage_music.data import WindowDataset
+
+
+def sage_music_windows(
+    pieces: Sequence[np.ndarray], model, tokenizer, size: int | None = None
+) -> tuple[Dataset, Callable]:
+    """Windows of `size` tokens, and what makes batches of them."""
+    return WindowDataset(pieces, tokenizer, size), default_collate
+
+
+def perceivers_windows(
+    pieces: Sequence[np.ndarray], model, tokenizer, size: int | None = None
+) -> tuple[Dataset, Callable]:
+    """Windows of the model's whole context, and what makes batches of them; `size` is another family's."""
+    sizes = (model.config.max_position_embeddings, model.config.num_latents)
+    return SequentialDataset(pieces, *sizes), SegmentCollator(tokenizer.pad_token_id)
 
 
 def sum_of_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -17,4 +39,4 @@ def sum_of_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.sum(-1)
 
 
-__all__ = ["sum_of_nats"]
+__all__ = ["perceivers_windows", "sage_music_windows", "sum_of_nats"]

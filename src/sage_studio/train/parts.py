@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer, TrainingArguments
 
 from perceivers.augmentation import PerceiverSAugmentation
-from perceivers.segmentation import SegmentCollator, SegmentDataset, SegmentStream, SequentialDataset
+from perceivers.segmentation import SegmentDataset, SegmentStream
 from sage_music.augmentation import SageMusicAugmentation
-from sage_music.data import BlockDataset, BlockStream, WindowDataset
-from sage_studio.checkpoints.loading import BUNDLED, CLASSES, load
+from sage_music.data import BlockDataset, BlockStream
+from sage_studio.checkpoints.loading import load
 from sage_studio.corpus import prepare_corpus
 from sage_studio.corpus.shards import corpus_info, fetch, is_prepared, read_shards
 from sage_studio.defaults import TEMPERATURE, TOP_P
+from sage_studio.families import Family, bundled, family_of
 from sage_studio.files import write_atomic
 
 from .arguments import DataArguments, ModelArguments
+from .nats import perceivers_windows, sage_music_windows
 
 BLOCK_SIZE = 1024
-# Pieces to evaluate on; performances are long.
-EVAL_PIECES = {"sage_music": 60, "perceivers": 12}
 # Fields of a checkpoint's config that its weights do not depend on.
 FREE_FIELDS = ("max_position_embeddings", "num_latents", "num_mtp_layers", "attention_dropout")
 
@@ -109,21 +109,27 @@ class EndlessStream(IterableDataset):
             yield from stream
 
 
-def model_type_of(model: str) -> str:
-    """`model_type` of a bundled checkpoint's name, a folder, a Hub name or a config file.
+def family_named(model: str) -> Family:
+    """The family of a bundled checkpoint's name, a folder, a Hub name or a config file.
 
     Raises:
-        ValueError, OSError: there is none, or it is no config.
+        ValueError, OSError: there is none, it is no config, or of neither family.
     """
-    source = str(BUNDLED.get(model, model))
-    if source.endswith(".json"):
-        return str(new_fields(source).get("model_type"))
-    adapter = Path(source) / "adapter_config.json"
-    if adapter.is_file() and not (Path(source) / "config.json").is_file():
-        return model_type_of(str(new_fields(str(adapter)).get("base_model_name_or_path")))
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"{model}: no checkpoint (it has no config.json). Folders of MIDI files go to --data.")
-    return str(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
+    if family := bundled(model):
+        return family
+    folder = Path(model)
+    if model.endswith(".json"):
+        fields = new_fields(model)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{model}: no checkpoint (it has no config.json). Folders of MIDI files go to --data.")
+        return family_named(str(new_fields(str(folder / "adapter_config.json")).get("base_model_name_or_path")))
+    else:
+        fields = PreTrainedConfig.get_config_dict(model)[0]
+    try:
+        return family_of(str(fields.get("model_type")))
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
 
 
 def new_fields(path: str) -> dict:
@@ -168,11 +174,9 @@ def start(options: ModelArguments) -> tuple[PreTrainedTokenizer, PreTrainedModel
         ValueError: a checkpoint that does not load, another model's, a field that does not exist, or a tokenizer whose
             vocabulary is not the model's.
     """
-    changes, source = config_changes(options), str(BUNDLED.get(options.model, options.model))
-    model_type = model_type_of(options.model)
-    if model_type not in CLASSES:
-        raise ValueError(f"{options.model}: model_type {model_type!r} is not one of {', '.join(CLASSES)}.")
-    model_class, tokenizer_class = CLASSES[model_type]
+    changes, own = config_changes(options), bundled(options.model)
+    source = str(own.pretrained) if own else options.model
+    model_class, tokenizer_class = family_named(options.model).classes
     if source.endswith(".json"):
         fields = {**new_fields(source), **changes}
         fields.pop("model_type")
@@ -286,7 +290,6 @@ def _chosen(split, data: DataArguments) -> Pieces:
 
 def sage_music_parts(options: ModelArguments, data: DataArguments, args: TrainingArguments) -> Parts:
     """Packed blocks of a fixed length; evaluation in windows of the same length."""
-    data.eval_pieces = EVAL_PIECES["sage_music"] if data.eval_pieces is None else data.eval_pieces
     _refuse(data, "PerceiverS", "segmentation", "position_uniform")
     if options.draft_tokens is not None and (options.draft_tokens < 1 or options.model.endswith(".json")):
         raise ValueError("--draft_tokens is at least 1 and needs --model CHECKPOINT, whose tokens the head guesses.")
@@ -306,12 +309,11 @@ def sage_music_parts(options: ModelArguments, data: DataArguments, args: Trainin
         train = BlockStream(pieces, tokenizer, size, augment, args.seed)
     else:
         train = BlockDataset(pieces, tokenizer, size, augment, args.seed, pieces.lengths)
-    return Parts(tokenizer, model, train, WindowDataset(held_out, tokenizer, size), default_collate, found)
+    return Parts(tokenizer, model, train, *sage_music_windows(held_out, model, tokenizer, size), found)
 
 
 def perceivers_parts(options: ModelArguments, data: DataArguments, args: TrainingArguments) -> Parts:
     """Segments up to the context's length, with the loss on the last `num_latents` tokens."""
-    data.eval_pieces = EVAL_PIECES["perceivers"] if data.eval_pieces is None else data.eval_pieces
     _refuse(data, "SAGE-Music", "block_size", "track_dropout")
     if options.draft_tokens is not None:
         raise ValueError("--draft_tokens is an option of SAGE-Music; this is PerceiverS.")
@@ -330,8 +332,7 @@ def perceivers_parts(options: ModelArguments, data: DataArguments, args: Trainin
         train = SegmentStream(pieces, *sizes, mode, uniform, **shared)
     else:
         train = SegmentDataset(pieces, *sizes, mode, uniform, **shared, lengths=pieces.lengths)
-    collator = SegmentCollator(tokenizer.pad_token_id)
-    return Parts(tokenizer, model, train, SequentialDataset(held_out, *sizes), collator, found)
+    return Parts(tokenizer, model, train, *perceivers_windows(held_out, model, tokenizer), found)
 
 
 def _refuse(data: DataArguments, family: str, *names: str) -> None:
@@ -340,15 +341,12 @@ def _refuse(data: DataArguments, family: str, *names: str) -> None:
             raise ValueError(f"--{name} is an option of {family}; this is the other family.")
 
 
-PARTS = {"sage_music": sage_music_parts, "perceivers": perceivers_parts}
-
-
 __all__ = [
-    "PARTS",
+    "EndlessStream",
     "Parts",
     "Pieces",
     "WholeBatches",
-    "model_type_of",
+    "family_named",
     "perceivers_parts",
     "read_pieces",
     "sage_music_parts",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from sage_studio.checkpoints.loading import BUNDLED
+from sage_studio.families import bundled
 from sage_studio.files import changes, write_atomic
 
 RUN_FILE = "run.json"
@@ -85,7 +85,7 @@ def check_run(folder: Path, description: dict, resumes: bool) -> None:
                 f"another --output; to begin from its weights: --model {folder}/best."
             )
     model = description.get("model")
-    if model and model not in BUNDLED and os.path.isdir(model):
+    if model and bundled(model) is None and os.path.isdir(model):
         description["model_folder"] = os.path.abspath(model)
     write_atomic(path, (json.dumps(description, indent=1) + "\n").encode())
 

@@ -29,6 +29,7 @@ from sage_studio.experiments.compound import (
     compound_parts,
 )
 from sage_studio.experiments.compound_generation import CompoundWriter, continue_score_compound
+from sage_studio.families import SAGE_MUSIC
 from sage_studio.train.arguments import parse
 from sage_studio.train.command import main
 
@@ -378,7 +379,7 @@ def test_training_lowers_the_loss_and_is_kept(tmp_path):
     command = [*data, "--output", str(tmp_path / "out"), "--model", str(tmp_path / "config.json")]
 
     def parts_of(command):
-        model, data, _, args = parse(command, lambda model: "")
+        model, data, _, args = parse(command, lambda model: SAGE_MUSIC)
         return compound_parts(model, data, args)
 
     tokenizer, model, train, evaluation, collator = parts_of(command)[:5]

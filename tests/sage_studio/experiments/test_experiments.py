@@ -10,7 +10,6 @@ from conftest import band
 from symusic import Score
 
 from sage_music import SageMusicTokenizer
-from sage_studio.checkpoints.loading import CLASSES
 from sage_studio.cli import main
 from sage_studio.experiments import STUDIES
 from sage_studio.experiments.measures import measured
@@ -20,7 +19,7 @@ from sage_studio.experiments.study import Arm, Claim, Scale, Study, StudyError, 
 from sage_studio.experiments.training import arguments, corpus_files, prepare, train
 from sage_studio.train.arguments import parse
 from sage_studio.train.command import main as train_command
-from sage_studio.train.parts import model_type_of, new_fields
+from sage_studio.train.parts import family_named, new_fields
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 4, "block_size": 96, "context": 256}
 SHAPE |= {"steps": 2, "batch_size": 2, "warmup": 1, "eval_every": 1, "eval_pieces": 1}
@@ -259,9 +258,9 @@ def test_every_arm_is_a_command_that_training_takes(name, data, tmp_path):
     for scale in study.scales:
         seen = set()
         for one in runs_of(study, scale, tmp_path):
-            model, _, _, args = parse(arguments(one, data, tmp_path), model_type_of)
+            model, _, _, args = parse(arguments(one, data, tmp_path), family_named)
             assert args.max_steps == one.options["steps"]
-            config = CLASSES[model_type_of(model.model)][0].config_class()
+            config = family_named(model.model).classes[0].config_class()
             assert all(hasattr(config, name) for name in new_fields(model.model))
             seen.add(one.folder)
         assert len(seen) == len(study.arms) * study.scales[scale].seeds  # no two arms are the same model

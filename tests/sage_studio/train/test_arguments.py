@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sage_studio.train.arguments import RECIPES, parse
+from sage_studio.families import FAMILIES, SAGE_MUSIC, bundled
+from sage_studio.train.arguments import parse
 
 
-def parsed(text: str, family: str = "sage_music"):
+def parsed(text: str, family=SAGE_MUSIC):
     return parse(text.split(), lambda model: family)
 
 
@@ -23,9 +24,9 @@ def test_every_training_argument_is_taken_in_both_spellings(tmp_path):
 
 
 def test_defaults_are_the_familys_and_what_is_given_comes_first(tmp_path):
-    for family, recipe in RECIPES.items():
+    for family in FAMILIES.values():
         args = parsed(f"--data a --output {tmp_path}", family)[3]
-        assert all(getattr(args, name) == value for name, value in recipe.items())
+        assert all(getattr(args, name) == value for name, value in family.recipe.items())
         assert args.train_sampling_strategy == "sequential" and args.metric_for_best_model == "nats_per_note"
         assert parsed(f"--data a --output {tmp_path} --learning_rate 7", family)[3].learning_rate == 7
 
@@ -83,5 +84,5 @@ def test_every_command_of_the_pages_is_taken(page):
                         commands.append(words[index + 2 :])
     assert commands
     for argv in commands:
-        model, data, _, args = parse(argv, lambda model: model.replace("-", "_"))
+        model, data, _, args = parse(argv, lambda model: bundled(model) or SAGE_MUSIC)
         assert data.data and args.output_dir and model.model

@@ -7,8 +7,9 @@ import pytest
 from conftest import tiny_model
 from datasets import Dataset
 
+from sage_studio.families import PERCEIVERS, SAGE_MUSIC
 from sage_studio.train.arguments import ModelArguments
-from sage_studio.train.parts import Pieces, WholeBatches, config_changes, model_type_of, start
+from sage_studio.train.parts import Pieces, WholeBatches, config_changes, family_named, start
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ def test_pieces_are_arrays_and_know_their_lengths():
     assert all(isinstance(piece, np.ndarray) for piece in pieces) and [*pieces[0]] == rows[2]
 
 
+def test_a_model_of_neither_family_is_named(tmp_path):
+    (tmp_path / "new.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"new\.json: a model of the type 'llama'"):
+        family_named(str(tmp_path / "new.json"))
+
+
 def test_changes_of_a_config_are_json_or_text():
     options = ModelArguments(config=["num_latents=64", "cross_scales=[null, 96]", "kv_routing=token"], draft_tokens=2)
     changes = {"num_latents": 64, "cross_scales": [None, 96], "kv_routing": "token", "num_mtp_layers": 2}
@@ -40,12 +47,12 @@ def test_changes_of_a_config_are_json_or_text():
 
 
 def test_the_family_is_the_checkpoints_the_configs_or_the_bases(tmp_path):
-    assert model_type_of("sage-music") == "sage_music" and model_type_of("perceivers") == "perceivers"
+    assert family_named("sage-music") is SAGE_MUSIC and family_named("perceivers") is PERCEIVERS
     (tmp_path / "new.json").write_text(json.dumps({"model_type": "perceivers"}))
-    assert model_type_of(str(tmp_path / "new.json")) == "perceivers"
+    assert family_named(str(tmp_path / "new.json")) is PERCEIVERS
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "perceivers"}))
-    assert model_type_of(str(tmp_path / "adapter")) == "perceivers"
+    assert family_named(str(tmp_path / "adapter")) is PERCEIVERS
 
 
 @pytest.mark.parametrize("options", [{"config": ["attention_dropout=0.1"]}, {"draft_tokens": 2}], ids=str)
