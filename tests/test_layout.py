@@ -53,40 +53,6 @@ ORDER = (
 LINE = {room: number for number, line in enumerate(ORDER) for room in line}
 # Rooms and modules that can be imported where there is no torch.
 PLAIN = ("errors", "files", "defaults", "families", "reports", "music", "corpus", "metrics", "evaluate", "experiments")
-# What does not keep the rules as yet, as the tests below say it.
-NOT_YET = {
-    "checkpoints.loading = checkpoints.lora",
-    "sage_studio/pipelines/__init__.py -> ContinuationPipeline._load_feature_extractor",
-    "sage_studio/pipelines/__init__.py -> ContinuationPipeline._load_image_processor",
-    "sage_studio/pipelines/__init__.py -> ContinuationPipeline._load_processor",
-    "sage_studio/pipelines/__init__.py -> ContinuationPipeline._load_tokenizer",
-    "sage_studio/pipelines/__init__.py -> ContinuationPipeline._load_video_processor",
-    "sage_studio/bench/decoding.py -> _window",
-    "checkpoints.loading: model_type not in CLASSES",
-    "cli: args.model == 'perceivers'",
-    "cli: model.config.model_type != 'sage_music'",
-    "cli: model.config.model_type == 'perceivers'",
-    "corpus.command: name == 'sage-music'",
-    "corpus.command: name in ('sage-music', 'perceivers')",
-    "evaluate.continuation: system.family == 'perceivers'",
-    "evaluate.likelihood: model.config.model_type == 'perceivers'",
-    "evaluate.sets: system.family == 'sage_music'",
-    "evaluate.systems: model.config.model_type == 'perceivers'",
-    "evaluate.systems: source not in ('sage-music', 'perceivers')",
-    "generation.folder: family == 'sage_music'",
-    "generation.folder: model.config.model_type == 'sage_music'",
-    "pipelines.continuation: model.config.model_type != self.model_type",
-    "pipelines: model.config.model_type not in FAMILIES",
-    "publishing.cards: config.model_type == 'perceivers'",
-    "publishing.export: model.config.model_type == 'perceivers'",
-    "publishing.handler: self.family == 'PerceiverS'",
-    "publishing.handler: self.family == 'SAGE-Music'",
-    "publishing.space_app.app: MODELS[model_name][0].config.model_type == 'sage_music'",
-    "train.callbacks: config.model_type == 'perceivers'",
-    "train.callbacks: model.config.model_type == 'perceivers'",
-    "train.command: made.model.config.model_type in PARTS",
-    "train.parts: model_type not in CLASSES",
-}
 
 
 def studio() -> dict[str, Path]:
@@ -103,7 +69,7 @@ def test_rooms_import_only_from_rooms_below():
             other = module.split(".")[0]
             if "__init__" not in (room, other) and room != other and not LINE[other] < LINE[room]:
                 wrong.add(f"{name} -> {module}")
-    assert wrong - NOT_YET == set()
+    assert wrong == set()
 
 
 def test_no_two_modules_import_each_other():
@@ -111,7 +77,7 @@ def test_no_two_modules_import_each_other():
     package, known = SRC / "sage_studio", studio()
     graph = {name: {m for m, _ in rooms.imported(package, path, known)} - {name} for name, path in known.items()}
     rings = {" = ".join(sorted(ring)) for ring in rooms.cycles({name: to & known.keys() for name, to in graph.items()})}
-    assert rings - NOT_YET == set()
+    assert rings == set()
 
 
 def test_no_underscore_name_leaves_its_file():
@@ -127,7 +93,7 @@ def test_no_underscore_name_leaves_its_file():
             private = isinstance(node, ast.Attribute) and node.attr[0] == "_" and not node.attr.startswith("__")
             if private and isinstance(node.value, ast.Name) and node.value.id in borrowed:
                 wrong.add(f"{name} -> {node.value.id}.{node.attr}")
-    assert wrong - NOT_YET == set()
+    assert wrong == set()
 
 
 def test_what_a_family_is_stands_in_one_file():
@@ -149,7 +115,7 @@ def test_what_a_family_is_stands_in_one_file():
                 continue
             if any(map(is_of_a_family, (node.left, *node.comparators))):
                 wrong.add(f"{name}: {ast.unparse(node)}")
-    assert {text for text in wrong if not text.startswith("families: ")} - NOT_YET == set()
+    assert {text for text in wrong if not text.startswith("families: ")} == set()
 
 
 def test_families_imports_only_the_standard_library():

@@ -30,8 +30,7 @@ from transformers import PreTrainedModel
 
 from sage_music.quantization_sage_music import is_int8
 from sage_studio.errors import MissingExtraError, install_hint
-
-from .loading import BUNDLED
+from sage_studio.families import family_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -115,10 +114,10 @@ def add_lora(
         target_parameters=[KV_WEIGHT] if KV_WEIGHT in targets else None,
         task_type="CAUSAL_LM",
     )
-    for name, folder in BUNDLED.items():
-        if model.name_or_path and Path(model.name_or_path).resolve() == folder.resolve():
-            # PEFT writes the one into the adapter's config and the other into its model card.
-            model.name_or_path = model.config.name_or_path = name
+    family = family_of(model)
+    if model.name_or_path and Path(model.name_or_path).resolve() == family.pretrained.resolve():
+        # PEFT writes the one into the adapter's config and the other into its model card.
+        model.name_or_path = model.config.name_or_path = family.checkpoint
     adapted = get_peft_model(model, config)
     # By default PEFT asks the Hub at every saving whether the vocabulary has grown.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
