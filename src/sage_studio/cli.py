@@ -17,9 +17,10 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
+from sage_studio.bench.command import add_arguments as add_benchmark
+from sage_studio.bench.command import run as bench
 from sage_studio.corpus.command import add_arguments as add_preparation
 from sage_studio.corpus.command import run as prepare
 from sage_studio.defaults import BARS, MAX_NOTE_S, MUSIC_S, PROMPT_BARS, PROMPT_S
@@ -29,13 +30,12 @@ from sage_studio.evaluate import run as evaluate
 from sage_studio.experiments import add_arguments as add_experiment
 from sage_studio.experiments import run_command as experiment
 from sage_studio.experiments.study import StudyError
-from sage_studio.families import PERCEIVERS, Family, family_of
+from sage_studio.families import Family, family_of, flag
 from sage_studio.generation.options import positive_int
 from sage_studio.music.midi import Prompt, describe, read_prompt, read_score, write_midi
 from sage_studio.music.notes import instrument_name
 from sage_studio.music.render import render_piano_roll, render_wav
 from sage_studio.publishing import command as publishing
-from sage_studio.reports import plotting
 
 # Ways to decode faster: int8 weights, a compiled step, drafted tokens.
 FASTER = ("int8", "compile", "draft")
@@ -163,24 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("bench", run_bench, "Compare speed with a stock model of the same shape: Llama, Perceiver AR.")
     with_model(sub)
-    sub.add_argument(
-        "--contexts", type=positive_int, nargs="+", help="default: 512 2048 8192; PerceiverS: 2048 8192 32768"
-    )
-    sub.add_argument("--tokens", type=positive_int, help="tokens decoded a round (default: 128; PerceiverS: 48)")
-    sub.add_argument("--rounds", type=positive_int, default=3, help="interleaved rounds (default: %(default)s)")
-    add = sub.add_argument_group("SAGE-Music").add_argument
-    add("--shape", choices=("small", "medium"), help="the checkpoint's (default); 12 layers of width 768, random")
-    add("--batch", type=positive_int, nargs="+", help="batch sizes (default: 1 16; with --training 2)")
-    add("--models", nargs="+", help="some of full gqa mqa ours compiled bf16 int8 int8-compiled draft int8-draft ...")
-    add("--device", choices=("cpu", "cuda"), help="default: cpu")
-    add("--prompt", type=Path, metavar="FILE.mid", help="the checkpoint's prompts continue it (default: from nothing)")
-    add("--training", action="store_true", default=None, help="instead: a training step, against a Llama of equal size")
-    add("--trainer", action="store_true", default=None, help="instead: the stock Trainer, against a bare PyTorch loop")
-    add("--figure", type=Path, metavar="FILE.png", help="draw speed and cache memory against the context")
-    add("--from", dest="saved", type=Path, metavar="FILE.json", help="measure nothing: show what --json printed before")
-    sub = sub.add_argument_group("PerceiverS (fixed shapes, random weights)").add_mutually_exclusive_group()
-    sub.add_argument("--paper", action="store_true", help="instead: speed and memory at the paper's size")
-    sub.add_argument("--memory", action="store_true", help="instead: memory of a training step at the default size")
+    add_benchmark(sub)
     return parser
 
 
@@ -191,10 +174,6 @@ def run_generate(args) -> dict:
 def run_continue(args) -> dict:
     # Read before the model loads: a wrong file should not have to wait.
     return _write_pieces(args, "continuation", read_prompt(args.prompt))
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
 
 
 def _speed_up(model, options: dict) -> None:
@@ -296,7 +275,7 @@ def run_stream(args) -> dict:
     for option in ("prompt_bars", "free") if begins else ("tempo", "time_signature"):
         if getattr(args, option) is not None:
             hint = "give a PROMPT.mid" if begins else "the prompt has its own; --free lets the model change them"
-            raise ValueError(f"{_flag(option)} is for music {'after a' if begins else 'without a'} prompt: {hint}.")
+            raise ValueError(f"{flag(option)} is for music {'after a' if begins else 'without a'} prompt: {hint}.")
     began = time.perf_counter()
     prompt = None if begins else read_prompt(args.prompt)
     reading_s = time.perf_counter() - began
@@ -433,92 +412,7 @@ def _shown(value) -> str:
 
 def run_bench(args) -> dict:
     _set_threads(args)
-    if args.model == PERCEIVERS.checkpoint:  # no checkpoint is read
-        return _bench_perceivers(args)
-    if args.paper or args.memory:
-        raise ValueError(f"--{'paper' if args.paper else 'memory'} is an option of PerceiverS: add --model perceivers.")
-    if args.training and args.figure:
-        raise ValueError("--figure shows decoding: it does not go with --training.")
-    from sage_studio.bench.tables import figure, load_result, table
-
-    if args.trainer:
-        return _bench_trainer(args)
-    if args.figure:
-        plotting()  # before minutes of measuring: matplotlib may be missing
-    if args.saved:
-        result = load_result(args.saved)
-    else:
-        from sage_studio.checkpoints import load
-
-        if args.prompt:
-            read_prompt(args.prompt)
-        model, tokenizer = load(args.model)
-        if not family_of(model).counts_bars:
-            return _bench_perceivers(args)
-        result = _bench_sage_music(args, model, tokenizer)
-    if args.figure:
-        figure(result, args.figure)
-    if not args.json:
-        print(table(result))
-        if args.figure:
-            print(f"\nwrote {args.figure}")
-    return result
-
-
-def _bench_trainer(args) -> dict:
-    for option in ("tokens", "shape", "models", "device", "prompt", "training", "figure", "saved"):
-        if getattr(args, option) is not None:
-            raise ValueError(f"{'--from' if option == 'saved' else _flag(option)} does not go with --trainer.")
-    from sage_studio.bench.trainer import compare_trainer, table
-    from sage_studio.checkpoints import load
-
-    model, tokenizer = load(args.model)
-    if not family_of(model).counts_bars:
-        raise ValueError("--trainer measures a SAGE-Music checkpoint; this one is PerceiverS.")
-    sizes = {"context": (args.contexts or [1024])[0], "batch": (args.batch or [4])[0]}
-    result = compare_trainer(model, tokenizer, rounds=args.rounds, **sizes)
-    if not args.json:
-        print(table(result))
-    return result
-
-
-def _bench_sage_music(args, model, tokenizer) -> dict:
-    from sage_studio.bench.decoding import compare, compare_training
-
-    options = {
-        "contexts": args.contexts,
-        "tokens": args.tokens,
-        "shape": args.shape,
-        "batches": args.batch,
-        "models": args.models,
-        "device": args.device,
-        "prompt": args.prompt,
-    }
-    if args.training:
-        for option in ("tokens", "models", "prompt"):
-            if options.pop(option) is not None:
-                raise ValueError(f"{_flag(option)} is about decoding: it does not go with --training.")
-        run = compare_training
-    else:
-        run = partial(compare, say=lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None)
-    given = {option: value for option, value in options.items() if value is not None}
-    return run(model, tokenizer, rounds=args.rounds, **given)
-
-
-def _bench_perceivers(args) -> dict:
-    for option in ("shape", "batch", "models", "device", "prompt", "training", "trainer", "figure", "saved"):
-        if getattr(args, option) is not None:
-            flag = "--from" if option == "saved" else _flag(option)
-            raise ValueError(f"{flag} is an option of SAGE-Music; this is PerceiverS.")
-    from sage_studio.bench.perceivers import CONTEXTS, compare, in_fresh_process, paper_size, table, training_memory
-
-    if args.paper or args.memory:
-        result = in_fresh_process(paper_size if args.paper else training_memory)
-    else:
-        result = compare(args.contexts or CONTEXTS, args.tokens or 48, args.rounds)
-    if not args.json:
-        print(table(result))
-    return result
+    return bench(args)
 
 
 def _set_threads(args) -> None:

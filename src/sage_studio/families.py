@@ -93,7 +93,7 @@ class Family:
     def command_line(self) -> dict[str, str]:
         """Options of the command line that only this family has: the argument of its functions that each one is."""
         own = {option.flag or name: name for name, option in self.options.items()}
-        return own | {flag: flag for flag in self.flags}
+        return own | {name: name for name in self.flags}
 
     def given(self, args: Any) -> dict[str, Any]:
         """Those of a command line's options that only this family has, as arguments of its functions.
@@ -106,12 +106,12 @@ class Family:
         """
         own = self.command_line
         for other in FAMILIES.values():
-            for flag in other.command_line:
-                if flag not in own and getattr(args, flag, None) is not None:
-                    known = ", ".join(_flag(name) for name in own if hasattr(args, name))
-                    is_of = f"{_flag(flag)} is an option of {other.name}"
+            for name in other.command_line:
+                if name not in own and getattr(args, name, None) is not None:
+                    known = ", ".join(flag(other) for other in own if hasattr(args, other))
+                    is_of = f"{flag(name)} is an option of {other.name}"
                     raise ValueError(f"{is_of}; this checkpoint is {self.name}, with {known}.")
-        found = {name: getattr(args, flag, None) for flag, name in own.items()}
+        found = {argument: getattr(args, name, None) for name, argument in own.items()}
         found = {name: value for name, value in found.items() if value is not None}
         if "minutes" in found:
             found[self.length] = 60 * found.pop("minutes")
@@ -146,7 +146,8 @@ class Family:
         )
 
 
-def _flag(option: str) -> str:
+def flag(option: str) -> str:
+    """An option as the command line has it: `max_tokens` is `--max-tokens`."""
     return f"--{option.replace('_', '-')}"
 
 
@@ -262,4 +263,4 @@ def bundled(name: str) -> Family | None:
     return next((family for family in FAMILIES.values() if family.checkpoint == name), None)
 
 
-__all__ = ["FAMILIES", "PERCEIVERS", "SAGE_MUSIC", "Family", "Option", "bundled", "family_of", "of_tokenizer"]
+__all__ = ["FAMILIES", "PERCEIVERS", "SAGE_MUSIC", "Family", "Option", "bundled", "family_of", "flag", "of_tokenizer"]

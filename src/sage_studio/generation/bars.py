@@ -33,29 +33,14 @@ from .sampling import Deadline, check_generate_options
 from .stream import NoteStreamer, Streamer, decode_threads
 
 
-def continue_score(
-    model: SageMusicForCausalLM,
-    tokenizer: SageMusicTokenizer,
-    prompt: "str | os.PathLike | bytes | Score | Prompt",
-    prompt_bars: int = PROMPT_BARS,
-    bars: int = BARS,
-    free: bool = False,
-    programs: list[int] | None = None,
-    **options,
-) -> Piece:
-    """Continue the first `prompt_bars` bars of a MIDI file by `bars` bars.
+def continue_score(model, tokenizer, prompt, *lengths, **options) -> Piece:
+    """Continue the beginning of a MIDI file: what `plan_continuation` plans of the same arguments, written."""
+    return plan_continuation(model, tokenizer, prompt, *lengths, **options).write()
 
-    Args:
-        prompt: path, bytes or score, or what `read_prompt` made of one.
-        free: let the model bring in instruments, meters and tempos that the prompt does not have.
-        programs: the only General MIDI programs to use (-1: drums), instead of the prompt's.
-        options: `temperature`, `top_p`, `seed`, `progress`, `time_limit`, `generate_options`, as for `generate_piece`.
 
-    Raises:
-        InvalidMidiError: the prompt cannot be read.
-        ValueError: an option outside its range, naming it; or one bar alone is longer than the model's context.
-    """
-    return plan_continuation(model, tokenizer, prompt, prompt_bars, bars, free, programs, **options).write()
+def generate_piece(model, tokenizer, *lengths, **options) -> Piece:
+    """A piece from nothing: what `plan_piece` plans of the same arguments, written."""
+    return plan_piece(model, tokenizer, *lengths, **options).write()
 
 
 def plan_continuation(
@@ -68,9 +53,17 @@ def plan_continuation(
     programs: list[int] | None = None,
     **options,
 ) -> "BarsPlan":
-    """What `continue_score` is about to write: everything is read and checked, and no token generated yet.
+    """A continuation of the first `prompt_bars` bars of a MIDI file by `bars` bars, read and checked, not yet written.
 
-    Arguments and errors are those of `continue_score`.
+    Args:
+        prompt: path, bytes or score, or what `read_prompt` made of one.
+        free: let the model bring in instruments, meters and tempos that the prompt does not have.
+        programs: the only General MIDI programs to use (-1: drums), instead of the prompt's.
+        options: `temperature`, `top_p`, `seed`, `progress`, `time_limit`, `generate_options`, as for `plan_piece`.
+
+    Raises:
+        InvalidMidiError: the prompt cannot be read.
+        ValueError: an option outside its range, naming it; or one bar alone is longer than the model's context.
     """
     if prompt_bars < 1:
         raise ValueError(f"prompt_bars {prompt_bars} must be positive.")
@@ -109,7 +102,7 @@ def plan_continuation(
     )
 
 
-def generate_piece(
+def plan_piece(
     model: SageMusicForCausalLM,
     tokenizer: SageMusicTokenizer,
     bars: int = BARS,
@@ -117,8 +110,8 @@ def generate_piece(
     time_signature: str | None = None,
     programs: list[int] | None = None,
     **options,
-) -> Piece:
-    """A piece from nothing.
+) -> "BarsPlan":
+    """A piece from nothing, checked, not yet written.
 
     Args:
         bars: length in bars.
@@ -136,19 +129,6 @@ def generate_piece(
     Raises:
         ValueError: an option outside its range, naming it.
     """
-    return plan_piece(model, tokenizer, bars, tempo, time_signature, programs, **options).write()
-
-
-def plan_piece(
-    model: SageMusicForCausalLM,
-    tokenizer: SageMusicTokenizer,
-    bars: int = BARS,
-    tempo: float | None = None,
-    time_signature: str | None = None,
-    programs: list[int] | None = None,
-    **options,
-) -> "BarsPlan":
-    """What `generate_piece` is about to write, checked; arguments and errors are those of `generate_piece`."""
     ids = [tokenizer.bos_token_id]
     allowed = {} if programs is None else {"Program": program_tokens(programs)}
     meter = f"TimeSig_{time_signature or '4/4'}"
@@ -177,7 +157,7 @@ class BarsPlan(Plan):
         allowed: per kind of token (`"Program"`), the only ones that may be written.
         tempos: exact tempos up to the end of `ids`, in ticks of the decoded score, in place of those that tokens can
             state; `None` keeps the tokens'.
-        generate_options: as for `generate_piece`.
+        generate_options: as for `plan_piece`.
 
     Raises:
         ValueError: an option outside its range, naming it; or one bar alone is longer than the model's context.

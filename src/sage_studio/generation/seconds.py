@@ -32,31 +32,14 @@ TOKENS_PER_SECOND, SPARE_TOKENS = 240, 256
 DEFAULT_VELOCITY = 64  # of notes before the first velocity, as the tokenizer has it
 
 
-def continue_performance(
-    model: PerceiverSForCausalLM,
-    tokenizer: PerceiverSTokenizer,
-    prompt: "str | os.PathLike | bytes | Score | Prompt",
-    prompt_s: float = PROMPT_S,
-    music_s: float | None = MUSIC_S,
-    max_tokens: int | None = None,
-    **options,
-) -> Piece:
-    """Continue the first `prompt_s` seconds of a MIDI file by `music_s` seconds.
+def continue_performance(model, tokenizer, prompt, *lengths, **options) -> Piece:
+    """Continue the beginning of a MIDI file: what `plan_continuation` plans of the same arguments, written."""
+    return plan_continuation(model, tokenizer, prompt, *lengths, **options).write()
 
-    What the prompt does before the cut stays as it is (on the tokens' grid of 10 ms); notes that sound there are ended
-    by the model, at the cut or later. A prompt that ends before the cut is continued from its end.
 
-    Args:
-        prompt: path, bytes, score, or what `read_prompt` made of one; its instruments are played as one piano, without
-            the drums.
-        options: `temperature`, `top_p`, `seed`, `max_note_s`, `progress`, `time_limit`; these, `music_s` and
-            `max_tokens` (both of the new music) as for `generate_performance`.
-
-    Raises:
-        InvalidMidiError: the prompt cannot be read, or holds nothing for a piano.
-        ValueError: as `generate_performance`; or `max_tokens` cannot end the notes that sound at the cut.
-    """
-    return plan_continuation(model, tokenizer, prompt, prompt_s, music_s, max_tokens, **options).write()
+def generate_performance(model, tokenizer, *lengths, **options) -> Piece:
+    """A performance from nothing: what `plan_performance` plans of the same arguments, written."""
+    return plan_performance(model, tokenizer, *lengths, **options).write()
 
 
 def plan_continuation(
@@ -68,9 +51,20 @@ def plan_continuation(
     max_tokens: int | None = None,
     **options,
 ) -> "SecondsPlan":
-    """What `continue_performance` is about to write: everything is read and checked, and no token generated yet.
+    """A continuation of the first `prompt_s` seconds of a MIDI file by `music_s` seconds, read and checked, unwritten.
 
-    Arguments and errors are those of `continue_performance`.
+    What the prompt does before the cut stays as it is (on the tokens' grid of 10 ms); notes that sound there are ended
+    by the model, at the cut or later. A prompt that ends before the cut is continued from its end.
+
+    Args:
+        prompt: path, bytes, score, or what `read_prompt` made of one; its instruments are played as one piano, without
+            the drums.
+        options: `temperature`, `top_p`, `seed`, `max_note_s`, `progress`, `time_limit`; these, `music_s` and
+            `max_tokens` (both of the new music) as for `plan_performance`.
+
+    Raises:
+        InvalidMidiError: the prompt cannot be read, or holds nothing for a piano.
+        ValueError: as `plan_performance`; or `max_tokens` cannot end the notes that sound at the cut.
     """
     if not 0 < prompt_s < math.inf:
         raise ValueError(f"prompt_s {prompt_s} must be a positive number of seconds.")
@@ -109,14 +103,14 @@ def plan_continuation(
     )
 
 
-def generate_performance(
+def plan_performance(
     model: PerceiverSForCausalLM,
     tokenizer: PerceiverSTokenizer,
     music_s: float | None = MUSIC_S,
     max_tokens: int | None = None,
     **options,
-) -> Piece:
-    """A performance from nothing.
+) -> "SecondsPlan":
+    """A performance from nothing, checked, not yet written.
 
     Args:
         music_s: playing time in seconds, met to 10 ms: no note sounds on after it. `None` lets the model end the piece,
@@ -133,17 +127,6 @@ def generate_performance(
         ValueError: an option outside its range, naming it; neither length given; or, for a model with learned absolute
             positions, more tokens than it has positions.
     """
-    return plan_performance(model, tokenizer, music_s, max_tokens, **options).write()
-
-
-def plan_performance(
-    model: PerceiverSForCausalLM,
-    tokenizer: PerceiverSTokenizer,
-    music_s: float | None = MUSIC_S,
-    max_tokens: int | None = None,
-    **options,
-) -> "SecondsPlan":
-    """What `generate_performance` is about to write, checked; arguments and errors are those of that function."""
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return SecondsPlan(model=model, tokenizer=tokenizer, ids=ids, music_s=music_s, max_tokens=max_tokens, **options)
 
@@ -153,9 +136,9 @@ class SecondsPlan(Plan):
     """A plan of music that is counted in seconds; see `Plan` for the other attributes.
 
     Attributes:
-        music_s, max_tokens: length of the new music, as for `generate_performance`.
+        music_s, max_tokens: length of the new music, as for `plan_performance`.
         start: steps of 10 ms into the piece at which the new music begins, at the end of `ids` or up to 1 s later.
-        max_note_s: as for `generate_performance`.
+        max_note_s: as for `plan_performance`.
         wait: steps from the end of `ids` to `start`.
         budget: tokens to write at most.
 
