@@ -18,6 +18,7 @@ import numpy as np
 
 from sage_studio.checkpoints import load
 from sage_studio.evaluate.likelihood import evaluate_likelihood, linearised
+from sage_studio.experiments.report import interval
 from sage_studio.files import write_atomic
 from sage_studio.reports import machine, machine_line, markdown
 
@@ -37,7 +38,6 @@ ARMS = {
 }
 FRACTIONS = (0.0, 0.01, 0.05)
 PIECES = 40
-RESAMPLES = 10_000
 ORIGINAL = "original"
 BLOCK_SIZE, BATCH, LEARNING_RATE = 512, 4, 1.5e-3
 RECIPE = {
@@ -135,15 +135,6 @@ def summary(pieces: dict[str, list[dict]], seeds: int) -> dict:
                 control = np.stack([values[name_of(CONTROL, fraction, seed)] for seed in drawn])
                 row["control"] = interval((table - control) / control.mean() * 100)
     return {"rows": rows, "pieces": len(keys), "seeds": seeds}
-
-
-def interval(table: np.ndarray) -> dict[str, float]:
-    """Mean and 95 % interval of (seeds, pieces) values, by a bootstrap over both."""
-    rng, (seeds, pieces) = np.random.default_rng(0), table.shape
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-    by_piece = rng.multinomial(pieces, np.full(pieces, 1 / pieces), RESAMPLES) / pieces
-    low, high = np.quantile(((by_seed @ table) * by_piece).sum(1), (0.025, 0.975))
-    return {"mean": float(table.mean()), "low": float(low), "high": float(high)}
 
 
 def report(result: dict, config) -> str:

@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -671,7 +672,8 @@ def compare_training(
                 seconds: dict[str, list[float]] = {name: [] for name in models}
                 for _ in range(rounds + 1):  # the first is the warm-up
                     for name, trained in models.items():
-                        seconds[name].append(training_seconds(trained, ids))
+                        step = partial(trained, ids, labels=ids, use_cache=False)
+                        seconds[name].append(training_seconds(trained, lambda step=step: step().loss))
                 medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
                 for name, trained in models.items():
                     row = {"context": context, "batch": batch, "model": name, "parameters": trained.num_parameters()}
@@ -681,13 +683,14 @@ def compare_training(
     return {"machine": machine(target), "shape": _described(ours, shape), "training": rows}
 
 
-def training_seconds(model, ids: torch.Tensor) -> float:
-    """Seconds of a forward and backward pass over `ids` (B, T)."""
+def training_seconds(model, loss: Callable[[], torch.Tensor]) -> float:
+    """Seconds of a forward and backward pass of `loss`, which computes it with `model` in training mode."""
+    device = next(model.parameters()).device
     model.train()
-    _synchronise(ids.device)
+    _synchronise(device)
     start = time.perf_counter()
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    _synchronise(ids.device)
+    loss().backward()
+    _synchronise(device)
     seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     model.eval()

@@ -35,7 +35,7 @@ from perceivers import PerceiverSCache, PerceiverSConfig, PerceiverSForCausalLM
 from sage_studio.errors import install_hint
 from sage_studio.reports import machine, machine_line, markdown
 
-from .decoding import rounded, token_seconds
+from .decoding import rounded, token_seconds, training_seconds
 
 CONTEXTS = (2048, 8192, 32768)
 PERCEIVERS, PERCEIVERS_ONE = "PerceiverS", "PerceiverS, one scale"
@@ -137,17 +137,6 @@ def rival_seconds(rival, ids: torch.Tensor) -> dict[str, float]:
     return {"token": (time.perf_counter() - start) / UNCACHED_TOKENS}
 
 
-def training_seconds(model, loss: Callable[[], torch.Tensor]) -> dict[str, float]:
-    """Seconds of a forward and backward pass of `loss`, which computes it with `model` in training mode."""
-    model.train()
-    start = time.perf_counter()
-    loss().backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    return {"training": seconds}
-
-
 def medians(measures: dict[tuple, Callable[[], dict[str, float]]], rounds: int) -> dict[tuple, dict[str, float]]:
     """Run the measures in turn, `rounds` times; per name the medians of what they returned."""
     samples: dict[tuple, list[dict[str, float]]] = {name: [] for name in measures}
@@ -172,10 +161,12 @@ def compare_at(config: PerceiverSConfig, tokens: int, rounds: int) -> list[dict]
     measures: dict[tuple, Callable] = {}
     rival = stock_perceiver_ar(config)
     if rival is not None:
-        measures[RIVAL, "training"] = lambda: training_seconds(rival, lambda: rival(ids))
+        measures[RIVAL, "training"] = lambda: {"training": training_seconds(rival, lambda: rival(ids))}
         measures[RIVAL, "decoding"] = lambda: rival_seconds(rival, ids[:, :-1])
     for name, model in models.items():
-        measures[name, "training"] = lambda model=model: training_seconds(model, lambda: model(ids, labels=ids).loss)
+        measures[name, "training"] = lambda model=model: {
+            "training": training_seconds(model, lambda: model(ids, labels=ids).loss)
+        }
         measures[name, "decoding"] = lambda model=model: decoded_seconds(model, ids[:, :-1], decoded)
         measures[name, "uncached"] = lambda model=model: uncached_seconds(model, ids[:, :-1])
     found: dict[str, dict[str, float]] = {}
@@ -311,7 +302,7 @@ def training_memory(**shape) -> dict:
     config = PerceiverSConfig(**{"num_attention_heads": 4, **shape})  # heads as in the bundled checkpoint
     model = PerceiverSForCausalLM(config)
     ids = random_ids(config, config.max_position_embeddings + 1)
-    seconds = training_seconds(model, lambda: model(ids, labels=ids).loss)["training"]
+    seconds = training_seconds(model, lambda: model(ids, labels=ids).loss)
     found = {
         "context": config.max_position_embeddings,
         "latents": config.num_latents,

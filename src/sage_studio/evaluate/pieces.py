@@ -101,15 +101,7 @@ def choose_prompts(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be positive.")
     files = corpus_files(data, split)
-    chosen, skipped = {}, {}
-    for key in shuffled(files, seed):
-        why = unusable(files[key], prompt_bars, bars)
-        if why:
-            skipped[key] = why
-        else:
-            chosen[key] = files[key]
-        if len(chosen) == num:
-            break
+    chosen, skipped = usable({key: files[key] for key in shuffled(files, seed)}, num, prompt_bars, bars)
     if len(chosen) < 2:
         shown = "; ".join(f"{key}: {why}" for key, why in list(skipped.items())[:3])
         folders = ", ".join(map(str, data))
@@ -117,6 +109,20 @@ def choose_prompts(
             f"{folders}: {len(chosen)} of {len(files)} pieces can be used, and it takes two ({shown}). "
             "Take more pieces, or fewer bars."
         )
+    return chosen, skipped
+
+
+def usable(files: Mapping[str, Path], num: int, prompt_bars: int, bars: int) -> tuple[dict[str, Path], dict[str, str]]:
+    """The first `num` files that can be prompts, and why those that came up before the last of them cannot."""
+    chosen, skipped = {}, {}
+    for key, path in files.items():
+        why = unusable(path, prompt_bars, bars)
+        if why:
+            skipped[key] = why
+        else:
+            chosen[key] = path
+        if len(chosen) == num:
+            break
     return chosen, skipped
 
 

@@ -22,7 +22,7 @@ from sage_studio.bench.decoding import cache_bytes, stock_llama, token_seconds
 from sage_studio.defaults import MAX_NOTE_S, PROMPT_BARS
 from sage_studio.evaluate.continuation import PARTS, continuation_scores
 from sage_studio.evaluate.likelihood import WINDOW, PieceLikelihood
-from sage_studio.evaluate.pieces import by_key, shuffled, unusable
+from sage_studio.evaluate.pieces import by_key, shuffled, usable
 from sage_studio.evaluate.sets import human_overlap, measured_set, set_overlap
 from sage_studio.evaluate.systems import CheckpointWriter, loaded
 from sage_studio.files import Journal, seed_of
@@ -117,16 +117,8 @@ def continuation(run: Run, data: Path, prompts: int, bars: int, prompt_bars: int
 def _prompts(
     data: Path, corpus: str, prompts: int, bars: int, prompt_bars: int
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """The first test files that can be prompts, and why those that came up before the last of them cannot."""
-    files, skipped = {}, {}
-    for key, path in test_files(data, corpus).items():
-        if len(files) == prompts:
-            break
-        why = unusable(path, prompt_bars, bars)
-        if why is None:
-            files[key] = path
-        else:
-            skipped[key] = why
+    """`usable` test files."""
+    files, skipped = usable(test_files(data, corpus), prompts, prompt_bars, bars)
     if not files:
         shown = "; ".join(f"{key}: {why}" for key, why in list(skipped.items())[:3])
         raise ValueError(f"{data}: no test piece of {corpus} can be a prompt with {bars} more bars ({shown}).")

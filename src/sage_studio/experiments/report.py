@@ -50,7 +50,7 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
         base = study.baseline_of(name)
         paired, other = _tables(result, name, base), _tables(result, base, name)
         for measure, table in _tables(result, name, name).items():
-            row[measure] = _interval(table) | {"seeds": [_mean(of_seed) for of_seed in table], "n": table.shape[1]}
+            row[measure] = interval(table) | {"seeds": [_mean(of_seed) for of_seed in table], "n": table.shape[1]}
             if measure == "oa":  # a number a run, of so many generated pieces
                 row[measure]["n"] = min(run["sets"]["written"] - len(run["sets"]["failed"]) for run in runs)
             if measure == "oa" and len(runs) == 1:  # by half samples of both sets, where there are no seeds to draw
@@ -59,7 +59,7 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
             if base != name:
                 # In per cent of nothing, a difference is undefined.
                 unit = 1.0 if measure in ABSOLUTE else (_mean(other[measure]) or math.nan) / 100
-                row[measure]["difference"] = _interval((paired[measure] - other[measure]) / unit)
+                row[measure]["difference"] = interval((paired[measure] - other[measure]) / unit)
         scored = [r for r in runs[0].get("likelihood", {}).get("pieces", ()) if not r["failed"]]
         if scored:
             row["tokens_per_note"] = _ratio(scored, "tokens", "notes")
@@ -118,7 +118,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size and np.isfinite(values).all() else None
 
 
-def _interval(table: np.ndarray) -> dict[str, float | None]:
+def interval(table: np.ndarray) -> dict[str, float | None]:
     """Mean and 95 % interval of (seeds, pieces) values, drawing seeds and pieces with replacement; None: as `_mean`."""
     mean = _mean(table)
     if mean is None:
@@ -355,4 +355,4 @@ def _smoothed(curve: np.ndarray, width: int = 5) -> np.ndarray:
     return np.convolve(padded, np.full(width, 1 / width), mode="valid")
 
 
-__all__ = ["draw_differences", "draw_repetition", "report", "summary", "write_report"]
+__all__ = ["draw_differences", "draw_repetition", "interval", "report", "summary", "write_report"]

@@ -13,7 +13,7 @@ from sage_music import SageMusicTokenizer
 from sage_studio.cli import main
 from sage_studio.experiments import STUDIES
 from sage_studio.experiments.measures import measured
-from sage_studio.experiments.report import _interval, report, summary
+from sage_studio.experiments.report import interval, report, summary
 from sage_studio.experiments.runner import run
 from sage_studio.experiments.study import Arm, Claim, Scale, Study, StudyError, runs_of
 from sage_studio.experiments.training import arguments, corpus_files, prepare, train
@@ -369,5 +369,5 @@ MACHINE = {"cores": 2, "threads": 2, "torch": "2"}
 
 def test_intervals_hold_what_seeds_add():
     """Pieces that agree and seeds that do not: the interval is as wide as the seeds are apart."""
-    found = _interval(np.array([[1.0] * 50, [2.0] * 50, [3.0] * 50]))
+    found = interval(np.array([[1.0] * 50, [2.0] * 50, [3.0] * 50]))
     assert found["mean"] == 2.0 and found["low"] < 1.4 and found["high"] > 2.6
