@@ -72,8 +72,8 @@ class Plan:
         ValueError: an option outside its range, naming it.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizer
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizer = field(repr=False)
     ids: list[int]
     remarks: list[str] = field(default_factory=list)
     temperature: float | None = None
