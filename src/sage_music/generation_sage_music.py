@@ -1,5 +1,6 @@
 """Decoding aids of SAGE-Music: the grammar that keeps every sequence valid, and generation counted in bars."""
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -57,29 +58,30 @@ class RunningState:
         batch, length = input_ids.shape
         if self._seen is None or len(self._seen) != batch or self._seen.device != input_ids.device:
             self._seen, self._states = input_ids.new_empty(batch, 0), {}
-        known = self._known(input_ids)
+        known = begin = self._known(input_ids)
         if known == length:
             return self._states[length]
         if known is None:
             known, states = self._moved(input_ids)
-            kept = {}
+            begin, self._states = 0, {}
         else:
-            # Longer ones belong to another continuation, much shorter ones are out of reach.
-            kept = {n: old for n, old in self._states.items() if length - KEPT_STATES < n <= known}
             states = self._states[known]
+            while (latest := next(reversed(self._states))) > known:  # of another continuation
+                del self._states[latest]
+            if len(self._states) > KEPT_STATES:
+                del self._states[next(iter(self._states))]
         for tokens in input_ids[:, known:].T.tolist():
             states = list(map(self._after, states, tokens))
-        begin = known if kept else 0
         if length > self._seen.shape[1]:
             self._seen, begin = input_ids.new_empty(batch, 2 * length + KEPT_STATES), 0
         self._seen[:, begin:length] = input_ids[:, begin:]
-        self._states = {**kept, length: states}
+        self._states[length] = states
         return states
 
     def _known(self, input_ids: torch.LongTensor) -> int | None:
         """A length at which the states are known and these ids begin as those before them did."""
-        lengths = [n for n in reversed(self._states) if n <= input_ids.shape[1]]
-        return next((n for n in lengths[:3] if torch.equal(self._seen[:, :n], input_ids[:, :n])), None)
+        lengths = islice((n for n in reversed(self._states) if n <= input_ids.shape[1]), 3)
+        return next((n for n in lengths if torch.equal(self._seen[:, :n], input_ids[:, :n])), None)
 
     def _moved(self, input_ids: torch.LongTensor) -> tuple[int, list[RowState]]:
         """A length and the states at it where every row begins as one of those before did, as beams do; or none."""
