@@ -289,7 +289,7 @@ def test_an_adapter_without_its_weights_is_refused(folder):
 def test_without_peft_the_error_names_the_extra(folder, monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "peft", None)
     for call in (lambda: add_lora(tiny_model(tokenizer)), lambda: load(folder)):
-        with pytest.raises(MissingExtraError, match="LoRA needs PEFT: pip install 'peft>="):
+        with pytest.raises(MissingExtraError, match="needs PEFT: pip install 'peft>="):
             call()
 
 

@@ -661,7 +661,7 @@ def test_the_roll_shows_the_bars_that_the_model_hears(module, meter):
     track.notes.extend([Note(480 * beat, 240, 60 + beat * 5 % 24, 80) for beat in range(64)])
     prompt.tracks.append(track)
     prompt = music.read_prompt(prompt.dumps_midi(), "odd.mid")
-    first, *_, last = music.BarsWriting(*load(), prompt, music.Settings(4, 1, [], 0.9, 0.95, 1))
+    first, *_, last = music.Writing(*load(), prompt, music.Settings(4, 1, [], 0.9, 0.95, 1))
     heard = len(first.roll.notes) - first.new_notes
     assert first.piece is None and last.piece is not None
     assert first.roll.prompt_end_s == pytest.approx(last.roll.prompt_end_s)
@@ -676,9 +676,9 @@ def test_a_piece_has_a_limit_of_time(module, monkeypatch):
     music = module("music")
     monkeypatch.setattr(music, "WALL_SECONDS", 1.0)
     score = read_score(EXAMPLES / "saints.mid")
-    *_, last = music.BarsWriting(*load(), score, music.Settings(4, 32, [], 0.9, 0.95, 1))
+    *_, last = music.Writing(*load(), score, music.Settings(4, 32, [], 0.9, 0.95, 1))
     assert last.piece.bars < 32 and any("cancelled" in remark for remark in last.piece.remarks)
-    *_, last = music.SecondsWriting(*load("perceivers"), score, music.Settings(4, 60, [], 0.9, 0.95, 1))
-    assert last.piece.music_s < 60 and any("stopped after" in remark for remark in last.piece.remarks)
+    *_, last = music.Writing(*load("perceivers"), score, music.Settings(4, 60, [], 0.9, 0.95, 1))
+    assert last.piece.music_s < 60 and any("cancelled after" in remark for remark in last.piece.remarks)
     with pytest.raises(ValueError, match="lengths"):
         music.Settings(4, float("nan"), [], 0.9, 0.95, 1)
