@@ -413,31 +413,3 @@ def _unseen(ancestor: Ancestor, origin: str) -> str:
     elif ancestor.place == origin:
         what = origin
     return f"{what}: its license could not be looked at ({ancestor.unseen})."
-
-
-__all__ = [
-    "CARD",
-    "NOTICE",
-    "PERMISSIVE",
-    "RECORD",
-    "Ancestor",
-    "OutOfReachError",
-    "ProvenanceError",
-    "ancestors",
-    "base_of",
-    "carry",
-    "file_of",
-    "front_matter",
-    "keeps_license",
-    "license_of",
-    "licensed",
-    "look",
-    "made_from",
-    "notice_of",
-    "read_mapping",
-    "read_record",
-    "read_text",
-    "record_of",
-    "stated_license",
-    "write_record",
-]

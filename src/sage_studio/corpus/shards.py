@@ -351,18 +351,3 @@ def _hub_error(name: str, error: Exception) -> ValueError:
     else:
         reason = f"it cannot be downloaded ({' '.join(str(error).split())[:200] or type(error).__name__})"
     return ValueError(f"{name}: no such folder, and {reason}.")
-
-
-__all__ = [
-    "ROW_GROUP_BYTES",
-    "SHARD_BYTES",
-    "check_output",
-    "check_vocabulary",
-    "corpus_info",
-    "dataset_card",
-    "describe_tokenizer",
-    "fetch",
-    "is_prepared",
-    "read_shards",
-    "write_shards",
-]

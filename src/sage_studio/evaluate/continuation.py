@@ -296,6 +296,3 @@ def _example(
         options = (prompt_bars, job.options["performed"], job.options["continuation_only"])
         music[job.system.label] = (notes_from_score(score), compared_grid(score, grid, *options))
     return key, music
-
-
-__all__ = ["ANOTHER", "PARTS", "REPEATED", "continuation_scores", "evaluate_continuations"]

@@ -227,6 +227,3 @@ def _row(label: str, kind: str, records: list[dict]) -> dict:
         "nats_per_note": interval(list(linearised(records).values())),
         "nats_per_token": interval(list(linearised(records, "tokens").values())),
     }
-
-
-__all__ = ["PieceLikelihood", "evaluate_likelihood", "linearised"]

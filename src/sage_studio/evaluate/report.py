@@ -272,14 +272,3 @@ def draw_rolls(music: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -
 def _literal(text: str) -> str:
     """matplotlib takes what lies between dollar signs for mathematics."""
     return text.replace("$", r"\$")
-
-
-__all__ = [
-    "draw_densities",
-    "draw_figures",
-    "draw_rolls",
-    "draw_scores",
-    "draw_similarity",
-    "markdown_report",
-    "write_report",
-]

@@ -417,6 +417,3 @@ def _failures(pieces: Mapping[str, list[dict]], label: str) -> str:
     """What made a set too small."""
     reasons = [f"{p['piece']}: {p['failed']}" for name in (HUMAN, label) for p in pieces[name] if p["failed"]]
     return f"Not usable: {'; '.join(reasons[:3])}" if reasons else ""
-
-
-__all__ = ["HALVES", "HUMAN", "evaluate_sets", "generated_set", "human_overlap", "measured_set", "set_overlap"]

@@ -353,6 +353,3 @@ def draw_repetition(study: Study, result: dict) -> bytes:
 def _smoothed(curve: np.ndarray, width: int = 5) -> np.ndarray:
     padded = np.pad(curve, width // 2, mode="edge")
     return np.convolve(padded, np.full(width, 1 / width), mode="valid")
-
-
-__all__ = ["draw_differences", "draw_repetition", "interval", "report", "summary", "write_report"]

@@ -311,14 +311,3 @@ def _results(report: dict | None) -> list[EvalResult] | None:
             metric_value=round(report["eval_nats_per_note"], 4),
         )
     ]
-
-
-__all__ = [
-    "PLACEHOLDER",
-    "CardError",
-    "check_card",
-    "make_card",
-    "named",
-    "read_report",
-    "without_samples",
-]

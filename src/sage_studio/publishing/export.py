@@ -531,19 +531,3 @@ def _written_whole(output: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-__all__ = [
-    "TASK",
-    "ExportError",
-    "check_replaceable",
-    "check_repo_id",
-    "export",
-    "export_again",
-    "is_export",
-    "is_own",
-    "own_files",
-    "write_code",
-    "write_copy",
-    "write_samples",
-]

@@ -201,13 +201,3 @@ def _implied(given: set[str], argv: list[str]) -> dict:
         for name, text in implied.items()
         if text is not None
     }
-
-
-__all__ = [
-    "RECIPE",
-    "DataArguments",
-    "ModelArguments",
-    "WatchArguments",
-    "build_parser",
-    "parse",
-]

@@ -150,6 +150,3 @@ class OriginCallback(TrainerCallback):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             tell_origin(self.folder, checkpoint)
-
-
-__all__ = ["OriginCallback", "SampleCallback", "keep_origin", "tell_origin", "valid_mass"]
