@@ -322,14 +322,8 @@ def draw_repetition(study: Study, result: dict) -> bytes:
         curve = np.mean([np.mean(sets["repeated"], axis=0) for sets in of_arm], axis=0)
         right.plot((np.arange(64) + 0.5) / 64, _smoothed(curve), color=colour, label=arm)
     halves = result["runs"][0]["sets"]["halves"]
-    left.plot(
-        places,
-        np.array([halves[name]["oa"] for name in FEATURES], np.float64),
-        "_",
-        color="black",
-        markersize=14,
-        label="human halves",
-    )
+    of_halves = np.array([halves[name]["oa"] for name in FEATURES], np.float64)
+    left.plot(places, of_halves, "_", color="black", markersize=14, label="human halves")
     human = np.mean(result["runs"][0]["sets"]["repeated_human"], axis=0)
     right.plot((np.arange(64) + 0.5) / 64, _smoothed(human), color="black", linestyle="--", label="human")
     left.set_xticks(places, FEATURES, rotation=60, fontsize=8)
