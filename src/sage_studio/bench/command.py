@@ -122,6 +122,3 @@ def _perceivers(args: argparse.Namespace) -> dict:
     if not args.json:
         print(table(result))
     return result
-
-
-__all__ = ["add_arguments", "run"]

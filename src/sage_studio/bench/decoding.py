@@ -50,13 +50,11 @@ from sage_studio.reports import machine
 CONTEXTS, BATCHES = (512, 2048, 8192), (1, 16)
 TOKENS, ROUNDS = 128, 3
 TRAINING_CONTEXTS, TRAINING_BATCHES = (1024,), (2,)
-MEDIUM = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "head_dim": 64,
-    "intermediate_size": 2048,
-}
+MEDIUM = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "head_dim": 64}
+MEDIUM |= {"intermediate_size": 2048}
+# What a stock Llama's config has of ours.
+SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+SHARED += ("max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 SHAPES = ("small", "medium")
 NAMES = {
     "full": "Llama, full heads",
@@ -99,20 +97,7 @@ def shaped(model: SageMusicForCausalLM, shape: str, context: int) -> SageMusicFo
 
 def stock_llama(config: SageMusicConfig, kv_heads: int, **changes) -> LlamaForCausalLM:
     """A stock Llama with `config`'s width, depth, heads and vocabulary, and `kv_heads` key-value heads."""
-    shape = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-    }
+    shape = {name: getattr(config, name) for name in SHARED} | {"num_key_value_heads": kv_heads}
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
 
 

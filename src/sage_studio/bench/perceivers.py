@@ -36,6 +36,7 @@ from sage_studio.errors import install_hint
 from sage_studio.reports import machine, machine_line, markdown
 
 from .decoding import rounded, token_seconds, training_seconds
+from .tables import formatted
 
 CONTEXTS = (2048, 8192, 32768)
 PERCEIVERS, PERCEIVERS_ONE = "PerceiverS", "PerceiverS, one scale"
@@ -333,14 +334,9 @@ def in_fresh_process(measure: Callable[[], dict]) -> dict:
     Raises:
         OSError: the process was killed.
     """
-    started = {
-        "max_workers": 1,
-        "mp_context": multiprocessing.get_context("spawn"),
-        "initializer": torch.set_num_threads,
-        "initargs": (torch.get_num_threads(),),
-    }
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     try:
-        with ProcessPoolExecutor(**started) as pool:
+        with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
             return pool.submit(measure).result()
     except BrokenProcessPool:
         raise OSError("the measuring process was killed, probably because memory ran out.") from None
@@ -385,37 +381,32 @@ def _speed_table(rows: list[dict]) -> str:
 
 
 def _growth_table(rows: list[dict]) -> str:
-    columns = ["context", "ms/token", "growth", "plain step", "keys and values that the first cross layer reads"]
-    cells = [
-        [
-            f"{row['context']:,}",
-            str(row["ms_per_token"]),
-            _times(row, "growth", "1 x"),
-            f"{row['step_ms']} ms",
-            f"{row['first_cross_layer_bytes'] / 1e6:.1f} MB",
-        ]
-        for row in rows
+    columns = (
+        ("context", "{context:,}"),
+        ("ms/token", "{ms_per_token}"),
+        ("growth", "{times}"),
+        ("plain step", "{step_ms} ms"),
+        ("keys and values that the first cross layer reads", "{read_mb:.1f} MB"),
+    )
+    told = [
+        row | {"times": _times(row, "growth", "1 x"), "read_mb": row["first_cross_layer_bytes"] / 1e6} for row in rows
     ]
     shape = f"One model ({rows[0]['layers']} layers, {rows[0]['latents']:,} latents) after contexts of growing length:"
-    return f"{shape}\n\n{markdown(columns, cells)}"
+    return f"{shape}\n\n{formatted(columns, told)}"
 
 
 def _paper_table(found: dict) -> str:
-    columns = ["context", "prefill", "plain step", "refill", "ms/token"]
-    cells = [
-        [
-            f"{row['context']:,}",
-            f"{row['prefill_s']} s",
-            f"{row['step_ms']} ms",
-            f"{row['refill_ms']} ms",
-            str(row["ms_per_token"]),
-        ]
-        for row in found["decoding"]
-    ]
+    columns = (
+        ("context", "{context:,}"),
+        ("prefill", "{prefill_s} s"),
+        ("plain step", "{step_ms} ms"),
+        ("refill", "{refill_ms} ms"),
+        ("ms/token", "{ms_per_token}"),
+    )
     return (
         f"The paper's size, {found['parameters']:,} parameters: a forward pass {found['forward_s']} s, decoding "
         f"{found['ratio']} x as long at the last context as at the first, peak memory {found['peak_gb']} GB\n\n"
-        f"{markdown(columns, cells)}"
+        f"{formatted(columns, found['decoding'])}"
     )
 
 

@@ -3,6 +3,7 @@ context."""
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sage_studio import reports
@@ -19,6 +20,7 @@ COLOURS = {
     "gqa": "#777777",
     "full": "#333333",
 }
+PLACE = ("context", "{context:,}"), ("model", "{model}"), ("batch", "{batch}")  # the columns that tables begin with
 GAP = 0.075  # least distance between labels, as a share of the axis
 
 
@@ -70,8 +72,9 @@ def table(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-def _place(row: dict) -> list[str]:
-    return [f"{row['context']:,}", row["model"], str(row["batch"])]
+def formatted(columns: Sequence[tuple[str, str]], rows: Sequence[dict]) -> str:
+    """A Markdown table of rows: the title of each column, and what `str.format` makes a cell of a row with."""
+    return markdown([title for title, _ in columns], [[cell.format(**row) for _, cell in columns] for row in rows])
 
 
 def _times(row: dict, name: str) -> str:
@@ -79,40 +82,31 @@ def _times(row: dict, name: str) -> str:
 
 
 def _speed_table(rows: list[dict]) -> str:
-    columns = ["context", "model", "batch", "tokens/s", "to full heads", "to MQA", "notes/s", "ms/token"]
-    columns += ["ms/note p50 / p95 / p99", "first note", "prefill tokens/s"]
-    cells = [
-        [
-            *_place(row),
-            f"{row['tokens_per_second']:,.1f}",
-            _times(row, "speed_ratio"),
-            _times(row, "mqa_speed_ratio"),
-            f"{row['notes_per_second']:,.1f}",
-            f"{row['ms_per_token']:.2f}",
-            " / ".join(f"{row[f'ms_per_note_p{q}']:.1f}" for q in (50, 95, 99)),
-            f"{row['first_note_ms']:,.0f} ms",
-            f"{row['prefill_tokens_per_second']:,.0f}",
-        ]
-        for row in rows
-    ]
-    return markdown(columns, cells)
+    columns = (
+        *PLACE,
+        ("tokens/s", "{tokens_per_second:,.1f}"),
+        ("to full heads", "{to_full}"),
+        ("to MQA", "{to_mqa}"),
+        ("notes/s", "{notes_per_second:,.1f}"),
+        ("ms/token", "{ms_per_token:.2f}"),
+        ("ms/note p50 / p95 / p99", "{ms_per_note_p50:.1f} / {ms_per_note_p95:.1f} / {ms_per_note_p99:.1f}"),
+        ("first note", "{first_note_ms:,.0f} ms"),
+        ("prefill tokens/s", "{prefill_tokens_per_second:,.0f}"),
+    )
+    ratios = [{"to_full": _times(row, "speed_ratio"), "to_mqa": _times(row, "mqa_speed_ratio")} for row in rows]
+    return formatted(columns, [row | own for row, own in zip(rows, ratios, strict=True)])
 
 
 def _drafting_table(rows: list[dict]) -> str:
-    columns = ["context", "model", "batch", "greedy tokens/pass", "tokens/s", "sampled tokens/pass", "tokens/s"]
-    columns.append("to full heads, greedy")
-    cells = [
-        [
-            *_place(row),
-            f"{row['tokens_per_pass']:.2f}",
-            f"{row['tokens_per_second']:,.1f}",
-            f"{row['sampled_tokens_per_pass']:.2f}",
-            f"{row['sampled_tokens_per_second']:,.1f}",
-            _times(row, "sampled_speed_ratio"),
-        ]
-        for row in rows
-    ]
-    return markdown(columns, cells)
+    columns = (
+        *PLACE,
+        ("greedy tokens/pass", "{tokens_per_pass:.2f}"),
+        ("tokens/s", "{tokens_per_second:,.1f}"),
+        ("sampled tokens/pass", "{sampled_tokens_per_pass:.2f}"),
+        ("tokens/s", "{sampled_tokens_per_second:,.1f}"),
+        ("to full heads, greedy", "{to_full}"),
+    )
+    return formatted(columns, [row | {"to_full": _times(row, "sampled_speed_ratio")} for row in rows])
 
 
 def _memory_table(rows: list[dict]) -> str:
@@ -121,10 +115,9 @@ def _memory_table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         names = ("cache_bytes_per_token", "cache_padded_bytes_per_token", "cache_allocated_bytes_per_token")
-        line = [*_place(row), *(f"{row[name]:,.0f}" for name in names)]
-        padded = (
-            f" (padded 1/{row['cache_padded_ratio']:.1f})" if _is_padded(row) and "cache_padded_ratio" in row else ""
-        )
+        line = [*(cell.format(**row) for _, cell in PLACE), *(f"{row[name]:,.0f}" for name in names)]
+        is_padded = row["cache_padded_bytes_per_token"] > row["cache_bytes_per_token"]
+        padded = f" (padded 1/{row['cache_padded_ratio']:.1f})" if is_padded and "cache_padded_ratio" in row else ""
         line.append(f"1/{row['cache_ratio']:.1f}{padded}" if "cache_ratio" in row else "")
         line.append(f"{row['peak_mb']:,.0f} MB" if "peak_mb" in row else "")
         if "step_bytes" in row:
@@ -136,23 +129,15 @@ def _memory_table(rows: list[dict]) -> str:
     return markdown(columns, cells)
 
 
-def _is_padded(row: dict) -> bool:
-    return row["cache_padded_bytes_per_token"] > row["cache_bytes_per_token"]
-
-
 def _training_table(rows: list[dict]) -> str:
-    columns = ["context", "model", "batch", "parameters", "intermediate size", "training step", "time"]
-    cells = [
-        [
-            *_place(row),
-            f"{row['parameters']:,}",
-            f"{row['intermediate_size']:,}",
-            f"{row['training_step_s']} s",
-            f"{row['time_ratio']:.3f} x",
-        ]
-        for row in rows
-    ]
-    return markdown(columns, cells)
+    columns = (
+        *PLACE,
+        ("parameters", "{parameters:,}"),
+        ("intermediate size", "{intermediate_size:,}"),
+        ("training step", "{training_step_s} s"),
+        ("time", "{time_ratio:.3f} x"),
+    )
+    return formatted(columns, rows)
 
 
 def figure(result: dict, path: str | os.PathLike) -> Path:

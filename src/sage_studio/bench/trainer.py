@@ -114,6 +114,3 @@ def table(result: dict) -> str:
         f"{result['batch']} x {result['context']:,} tokens a step: Trainer {result['trainer']:,} tokens/s, bare loop "
         f"{result['bare_loop']:,} tokens/s: {result['ratio']:.3f} x"
     )
-
-
-__all__ = ["compare_trainer", "table"]

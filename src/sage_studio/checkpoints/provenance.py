@@ -86,10 +86,8 @@ def look(place: str, name: str) -> Path | None:
     if os.path.isdir(place):
         path = Path(place, name)
         return path if path.is_file() else None
-    try:
-        validate_repo_id(place)
-    except HFValidationError as error:
-        raise OutOfReachError("no such folder") from error
+    if not is_repo_id(place):
+        raise OutOfReachError("no such folder")
     try:
         return Path(hf_hub_download(place, name))
     except RemoteEntryNotFoundError:
@@ -266,7 +264,8 @@ def ancestors(origin: str) -> Iterator[Ancestor]:
             card, notice = look(place, CARD), look(place, NOTICE)
             record, base = read_record(place), base_of(place)
         except OutOfReachError as error:
-            yield Ancestor(place, _on_hub(name), unseen=str(error))
+            # The place of a folder that is gone is nothing to tell others.
+            yield Ancestor(place, name if is_repo_id(name) else None, unseen=str(error))
             continue
         license = None if card is None else stated_license(card)
         yield Ancestor(place, name, license, None if license is None else card, notice)
@@ -288,13 +287,13 @@ def ancestors(origin: str) -> Iterator[Ancestor]:
                 yield Ancestor(place, name, row.get("license"), record[0])
 
 
-def _on_hub(name: str | None) -> str | None:
-    """A name that may be told to others: None for the place of a folder that is gone."""
+def is_repo_id(name) -> bool:
+    """Whether a value is a name that the Hub could have."""
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name
+        return False
+    return True
 
 
 def record_of(origin: str) -> tuple[list[dict], Path | None]:
@@ -413,31 +412,3 @@ def _unseen(ancestor: Ancestor, origin: str) -> str:
     elif ancestor.place == origin:
         what = origin
     return f"{what}: its license could not be looked at ({ancestor.unseen})."
-
-
-__all__ = [
-    "CARD",
-    "NOTICE",
-    "PERMISSIVE",
-    "RECORD",
-    "Ancestor",
-    "OutOfReachError",
-    "ProvenanceError",
-    "ancestors",
-    "base_of",
-    "carry",
-    "file_of",
-    "front_matter",
-    "keeps_license",
-    "license_of",
-    "licensed",
-    "look",
-    "made_from",
-    "notice_of",
-    "read_mapping",
-    "read_record",
-    "read_text",
-    "record_of",
-    "stated_license",
-    "write_record",
-]

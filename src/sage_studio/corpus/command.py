@@ -146,6 +146,3 @@ def _lines(result: dict) -> list[str]:
     if result["output"]:
         lines.append(f"wrote {result['output']} ({result['bytes'] / 1e6:,.1f} MB)")
     return lines
-
-
-__all__ = ["add_arguments", "load_tokenizer", "run", "size"]

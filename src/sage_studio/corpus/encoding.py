@@ -124,17 +124,3 @@ def one_line(error: Exception) -> str:
     if not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= REASON_LENGTH else f"{text[: REASON_LENGTH - 3]}..."
-
-
-__all__ = [
-    "SIZE_LIMIT",
-    "TOKENS_VERSION",
-    "MidiTokenizer",
-    "Record",
-    "encode_file",
-    "failed_record",
-    "ids_dtype",
-    "one_line",
-    "read_within",
-    "tokenizer_key",
-]

@@ -253,6 +253,3 @@ def _joined(rows: np.ndarray, stored, columns: dict) -> "tuple[np.ndarray, datas
     beside = pa.table({name: pa.array(values).take(order) for name, values in columns.items()})
     whole = datasets.Dataset(concat_tables([stored, InMemoryTable(beside)], axis=1))
     return rows, whole.select_columns(list(COLUMNS))
-
-
-__all__ = ["COLUMNS", "Corpus", "Files", "collect", "default_cache", "prepare_corpus"]

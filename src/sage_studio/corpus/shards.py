@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -309,11 +308,8 @@ def check_vocabulary(source: str | os.PathLike, info: dict, tokenizer: MidiToken
         )
 
 
-def fetch(source: str | os.PathLike, patterns: Sequence[str] = ()) -> Path:
+def fetch(source: str | os.PathLike) -> Path:
     """A folder as it is; or a Hub dataset `user/name`, of which MIDI files and prepared shards are downloaded.
-
-    Args:
-        patterns: further files to download, as `"*.wav"`.
 
     Raises:
         ValueError: neither a folder nor a dataset that can be read.
@@ -324,7 +320,7 @@ def fetch(source: str | os.PathLike, patterns: Sequence[str] = ()) -> Path:
 
     # The patterns tell capitals from small letters.
     midi = ["*" + "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in suffix) for suffix in MIDI_SUFFIXES]
-    wanted = [*midi, "data/*.parquet", "tokenizer/*", "corpus.json", "*.csv", *patterns]
+    wanted = [*midi, "data/*.parquet", "tokenizer/*", "corpus.json", "*.csv"]
     name = _hub_name(source)
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
@@ -351,18 +347,3 @@ def _hub_error(name: str, error: Exception) -> ValueError:
     else:
         reason = f"it cannot be downloaded ({' '.join(str(error).split())[:200] or type(error).__name__})"
     return ValueError(f"{name}: no such folder, and {reason}.")
-
-
-__all__ = [
-    "ROW_GROUP_BYTES",
-    "SHARD_BYTES",
-    "check_output",
-    "check_vocabulary",
-    "corpus_info",
-    "dataset_card",
-    "describe_tokenizer",
-    "fetch",
-    "is_prepared",
-    "read_shards",
-    "write_shards",
-]

@@ -180,6 +180,3 @@ def leaks(groups: Sequence[str], splits: Sequence[str]) -> list[int]:
 def _fraction(text: str) -> float:
     """A number in [0, 1) that is as good as random, the same for the same text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
-
-
-__all__ = ["FileFacts", "check_held_out", "deal", "fingerprint", "group_files", "leaks", "read_metadata"]

@@ -288,6 +288,3 @@ def encode_corpus(
 
 def _encode(item: tuple[Path, str], tokenizer: MidiTokenizer, size_limit: int) -> Record:
     return encode_file(item[0], tokenizer, size_limit)
-
-
-__all__ = ["TokenStore", "encode_corpus"]

@@ -215,6 +215,3 @@ def _limit_memory(limit: int) -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         soft = held + limit if hard == resource.RLIM_INFINITY else min(held + limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-__all__ = ["MEMORY_LIMIT", "TIME_LIMIT", "default_workers", "guarded_map"]

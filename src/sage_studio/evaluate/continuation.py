@@ -9,7 +9,6 @@ prompt ends at the reference's bar line and the same seconds are compared.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from .pieces import (
     read_quietly,
     write_kept,
 )
-from .systems import CheckpointWriter, FolderReader, System, find_systems, match_files
+from .systems import CheckpointWriter, FolderReader, find_systems, match_files
 
 PARTS = ("nmsi", "chroma", "groove", "self_similarity", "note_density")
 ANOTHER, REPEATED = "another human piece", "the prompt repeated"
@@ -126,16 +125,6 @@ def compared_grid(
     return bar_grid(score, 0 if continuation_only else prompt_bars, (len(reference_grid) - 1) // 16)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A system's part of an evaluation, checked before any music is written."""
-
-    system: System
-    write: Callable
-    home: Path | None
-    options: dict  # of `continuation_scores`
-
-
 def evaluate_continuations(
     systems: "Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike]",
     data: Sequence[str | os.PathLike],
@@ -180,7 +169,7 @@ def evaluate_continuations(
     if not found and write_prompts is None:
         raise ValueError("systems: name a checkpoint or a folder of MIDI files, or write_prompts for one.")
     shape = {"prompt_bars": prompt_bars, "bars": bars}
-    jobs = []
+    jobs = []  # a system, what writes its music, where that is kept, options of `continuation_scores`
     for system in found:
         if system.family is None:
             write, home = FolderReader(match_files(system.source, files)), None
@@ -191,15 +180,13 @@ def evaluate_continuations(
             by_seconds = {"performed": not system.family.counts_bars, "continuation_only": False}
             options = {**by_seconds, "workers": workers, "settings": {"weights": system.fingerprint, **sampling}}
             _keep(home, seed, {**shape, **by_seconds}, options["settings"])
-        jobs.append(_Job(system, write, home, options))
+        jobs.append((system, write, home, options))
     if write_prompts is not None:
         for key, path in files.items():
             write_midi(Path(write_prompts) / Path(key).with_suffix(".mid"), cut_prompt(read_quietly(path), prompt_bars))
     records = {
-        job.system.label: continuation_scores(
-            job.write, files, **shape, seed=seed, out=job.home, label=job.system.label, **job.options
-        )
-        for job in jobs
+        system.label: continuation_scores(write, files, **shape, seed=seed, out=home, label=system.label, **options)
+        for system, write, home, options in jobs
     }
     kinds = {system.label: system.family.model_type if system.family else "folder" for system in found}
     records |= _reference_scores(files, prompt_bars, bars)
@@ -279,23 +266,20 @@ def _row(label: str, kind: str, records: list[dict]) -> dict:
 
 
 def _example(
-    jobs: list[_Job], files: Mapping[str, Path], records: Mapping[str, list[dict]], prompt_bars: int, bars: int
+    jobs: list[tuple], files: Mapping[str, Path], records: Mapping[str, list[dict]], prompt_bars: int, bars: int
 ) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """The first piece that all systems continued (or just the first): its key, and per row notes and compared grid."""
     good = {key: [] for key in files}
     for job in jobs:
-        for record in records[job.system.label]:
+        for record in records[job[0].label]:
             if record["failed"] is None:
-                good[record["piece"]].append((job, record))
+                good[record["piece"]].append((*job, record))
     key = max(good, key=lambda name: len(good[name]))
     truth = read_quietly(files[key])
     grid = bar_grid(truth, prompt_bars, bars)
     music = {TRUTH: (notes_from_score(truth), grid)}
-    for job, record in good[key]:
-        score = job.write(files[key], 0) if job.home is None else read_quietly(job.home / record["midi"])
-        options = (prompt_bars, job.options["performed"], job.options["continuation_only"])
-        music[job.system.label] = (notes_from_score(score), compared_grid(score, grid, *options))
+    for system, write, home, options, record in good[key]:
+        score = write(files[key], 0) if home is None else read_quietly(home / record["midi"])
+        own = compared_grid(score, grid, prompt_bars, options["performed"], options["continuation_only"])
+        music[system.label] = (notes_from_score(score), own)
     return key, music
-
-
-__all__ = ["ANOTHER", "PARTS", "REPEATED", "continuation_scores", "evaluate_continuations"]

@@ -25,7 +25,7 @@ from sage_studio.files import Journal
 from sage_studio.reports import plotting
 
 from . import report
-from .pieces import NUM, OUT, corpus_files, differences, digests, finish, interval, reason, shuffled
+from .pieces import NUM, OUT, corpus_files, differences, digests, failures, finish, interval, reason, shuffled
 from .systems import System, find_systems, loaded
 
 WINDOW = 1024
@@ -155,12 +155,7 @@ def evaluate_likelihood(
         "rows": [_row(label, kinds.get(label, "reference"), of_label) for label, of_label in records.items()],
         "differences": _paired_differences(records, systems_of),
         "remarks": [] if len(files) == num else [f"only {len(files)} of {num} pieces: the data holds no more."],
-        "skipped": {
-            f"{label}: {record['piece']}": record["failed"]
-            for label in systems_of
-            for record in records[label]
-            if record["failed"]
-        },
+        "skipped": failures({label: records[label] for label in systems_of}),
         "pieces": records,
     }
     if len(set(kinds.values())) > 1:
@@ -227,6 +222,3 @@ def _row(label: str, kind: str, records: list[dict]) -> dict:
         "nats_per_note": interval(list(linearised(records).values())),
         "nats_per_token": interval(list(linearised(records, "tokens").values())),
     }
-
-
-__all__ = ["PieceLikelihood", "evaluate_likelihood", "linearised"]

@@ -287,6 +287,13 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
+def failures(records: Mapping[str, Sequence[dict]]) -> dict[str, str]:
+    """Why pieces failed, by row and piece."""
+    return {
+        f"{label}: {r['piece']}": r["failed"] for label, of_label in records.items() for r in of_label if r["failed"]
+    }
+
+
 def interval(values: Sequence[float]) -> dict | None:
     """`bootstrap` as JSON: mean, low, high, n; None for no values."""
     return bootstrap(np.array(values, dtype=np.float64))._asdict() if len(values) else None

@@ -16,6 +16,8 @@ from sage_studio.metrics.densities import Densities
 from sage_studio.metrics.sets import FEATURES
 from sage_studio.reports import GREY, PALETTE, figure, markdown, plain, png
 
+from .pieces import failures
+
 LISTED = 20  # pieces that the Markdown names; the JSON names all
 
 NMSI_NOTE = (
@@ -62,25 +64,14 @@ def markdown_report(result: dict) -> str:
         reasons[kind] = reasons.get(kind, 0) + 1
     if reasons:
         remarks.append("pieces not used: " + ", ".join(f"{count} ({kind})" for kind, count in reasons.items()) + ".")
-    named = {**result["skipped"], **_failed(result)}
+    # The other tasks' failures are among `skipped`.
+    named = result["skipped"] | (failures(result["pieces"]) if result["task"] == "continuation" else {})
     remarks += [f"{piece}: {reason}" for piece, reason in list(named.items())[:LISTED]]
     if len(named) > LISTED:
         remarks.append(f"... and {len(named) - LISTED} more, in report.json.")
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     return "\n\n".join(parts)
-
-
-def _failed(result: dict) -> dict[str, str]:
-    """Failures of a continuation; the other tasks' are among `skipped`."""
-    if result["task"] != "continuation":
-        return {}
-    return {
-        f"{label}: {record['piece']}": record["failed"]
-        for label, records in result["pieces"].items()
-        for record in records
-        if record["failed"]
-    }
 
 
 def _said(value) -> str:
@@ -204,12 +195,6 @@ def draw_scores(records: Mapping[str, Sequence[dict]], names: Sequence[str]) -> 
     return png(picture)
 
 
-def draw_figures(figures: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """`draw_scores` of the single-piece figures of sets."""
-    names = tuple(next(of_set[0] for of_set in figures.values() if of_set))
-    return draw_scores(figures, names)
-
-
 def draw_densities(found: Mapping[str, Mapping[str, Densities]]) -> bytes:
     """For every feature, the densities of distances among human pieces and from them to each system's pieces."""
     picture = figure(14, 8.5)
@@ -272,14 +257,3 @@ def draw_rolls(music: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -
 def _literal(text: str) -> str:
     """matplotlib takes what lies between dollar signs for mathematics."""
     return text.replace("$", r"\$")
-
-
-__all__ = [
-    "draw_densities",
-    "draw_figures",
-    "draw_rolls",
-    "draw_scores",
-    "draw_similarity",
-    "markdown_report",
-    "write_report",
-]

@@ -39,6 +39,7 @@ from .pieces import (
     cut_notes,
     each,
     failure,
+    failures,
     finish,
     interval,
     read_quietly,
@@ -308,18 +309,17 @@ def evaluate_sets(
     options = {"mode": mode, "cut_s": cut_s, "performed": performed, "workers": workers}
     pieces = {HUMAN: measured_set(files, **options, label=HUMAN)}
     for system in found:
-        failures = []
+        failed = []
         if system.family is None:
             of_system = {path.relative_to(system.source).as_posix(): path for path in midi_files(system.source)}
         else:
             write = CheckpointWriter(system.source, **length, **sampling, device=device)
             home, more = system.home(out), {"settings": settings[system.label], "workers": workers}
             written = generated_set(write, num, seed, home, **more, label=system.label)
-            failures = [record for record in written if record["failed"]]
+            failed = [record for record in written if record["failed"]]
             of_system = {record["piece"]: home / record["midi"] for record in written if not record["failed"]}
-        pieces[system.label] = (
-            failures + measured_set(of_system, **options, label=system.label) if of_system else failures
-        )
+        measured = measured_set(of_system, **options, label=system.label) if of_system else []
+        pieces[system.label] = failed + measured
     usable = {label: [piece for piece in of_set if not piece["failed"]] for label, of_set in pieces.items()}
     features = {label: [piece["features"] for piece in of_set] for label, of_set in usable.items()}
     overlap, halves = {}, {"mode": mode, "seed": seed, "workers": workers}
@@ -348,12 +348,7 @@ def evaluate_sets(
         "features": overlap,
         "differences": _differences(usable),
         "remarks": _remarks(usable, overlap, mode, found),
-        "skipped": {
-            f"{label}: {piece['piece']}": piece["failed"]
-            for label, of_set in pieces.items()
-            for piece in of_set
-            if piece["failed"]
-        },
+        "skipped": failures(pieces),
         "pieces": {
             label: [{name: piece.get(name) for name in ("piece", "failed", "figures")} for piece in of_set]
             for label, of_set in pieces.items()
@@ -366,7 +361,8 @@ def evaluate_sets(
             for system in found
         }
         pictures["distributions.png"] = report.draw_densities(densities)
-        pictures["figures.png"] = report.draw_figures({k: [p["figures"] for p in v] for k, v in usable.items()})
+        figures = {label: [piece["figures"] for piece in of_set] for label, of_set in usable.items()}
+        pictures["figures.png"] = report.draw_scores(figures, list(figures[HUMAN][0]))
     return report.write_report(result, out, pictures)
 
 
@@ -417,6 +413,3 @@ def _failures(pieces: Mapping[str, list[dict]], label: str) -> str:
     """What made a set too small."""
     reasons = [f"{p['piece']}: {p['failed']}" for name in (HUMAN, label) for p in pieces[name] if p["failed"]]
     return f"Not usable: {'; '.join(reasons[:3])}" if reasons else ""
-
-
-__all__ = ["HALVES", "HUMAN", "evaluate_sets", "generated_set", "human_overlap", "measured_set", "set_overlap"]

@@ -168,6 +168,3 @@ class FolderReader:
         if str(path) not in self.files:
             raise FileNotFoundError("no file continues this piece")
         return read_quietly(self.files[str(path)])
-
-
-__all__ = ["CheckpointWriter", "FolderReader", "System", "find_systems", "loaded", "match_files"]

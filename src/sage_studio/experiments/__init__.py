@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from sage_studio.errors import MissingExtraError
+from sage_studio.errors import MissingExtraError, install_hint
 from sage_studio.reports import plotting
 
 from . import as_kvhs, bpe, multi_scale, pooling, segmentation
@@ -41,8 +41,6 @@ def run_command(args: argparse.Namespace) -> dict:
         MissingExtraError: accelerate or matplotlib is not installed; nothing has been done then.
         ValueError, OSError, StudyError: as `sage_studio.experiments.runner.run`.
     """
-    from sage_studio.errors import install_hint
-
     # Before an hour of training, and before the runner, whose imports need `Trainer`.
     if importlib.util.find_spec("accelerate") is None:
         command = install_hint("accelerate", "datasets", "tensorboard", "matplotlib")

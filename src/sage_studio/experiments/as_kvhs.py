@@ -10,7 +10,7 @@ LARGE = {"hidden_size": 512, "intermediate_size": 1376, "layers": 8, "heads": 16
 SCALES = {
     "smoke": Scale(
         seeds=1,
-        options={**TINY, "steps": 6, "batch_size": 2, "warmup": 2, "eval_every": 6, "eval_pieces": 2},
+        options=TINY | {"steps": 6, "batch_size": 2, "warmup": 2, "eval_every": 6, "eval_pieces": 2},
         measures={
             "likelihood": {"pieces": 3},
             "continuation": {"prompts": 3, "bars": 2},
@@ -19,15 +19,8 @@ SCALES = {
     ),
     "cpu": Scale(
         seeds=3,
-        options={
-            **SMALL,
-            "steps": 600,
-            "batch_size": 4,
-            "warmup": 60,
-            "eval_every": 300,
-            "eval_pieces": 6,
-            "bf16": True,
-        },
+        options=SMALL
+        | {"steps": 600, "batch_size": 4, "warmup": 60, "eval_every": 300, "eval_pieces": 6, "bf16": True},
         measures={
             "likelihood": {"pieces": 40},
             "continuation": {"prompts": 40, "bars": 8},
@@ -36,15 +29,8 @@ SCALES = {
     ),
     "gpu": Scale(
         seeds=3,
-        options={
-            **LARGE,
-            "steps": 6000,
-            "batch_size": 32,
-            "warmup": 300,
-            "eval_every": 1500,
-            "eval_pieces": 60,
-            "bf16": True,
-        },
+        options=LARGE
+        | {"steps": 6000, "batch_size": 32, "warmup": 300, "eval_every": 1500, "eval_pieces": 60, "bf16": True},
         measures={
             "likelihood": {"pieces": 0},
             "continuation": {"prompts": 200, "bars": 16},

@@ -1,18 +1,11 @@
 """Byte Pair Encoding on single-track piano and on multi-track music, at equal training tokens."""
 
-from .as_kvhs import SCALES as ATTENTION_SCALES
-from .pooling import WRITING
-from .study import Arm, Claim, Scale, Study
+from .pooling import scale_of
+from .study import Arm, Claim, Study
 
 # Plain full heads, as the question is the vocabulary; no transposition, because merged tokens hold whole notes.
 OPTIONS = {"kv_routing": "none", "num_key_value_heads": 8, "transpose": 0}
 SIZES = {"none": None, "1k": 1000, "2k": 2000, "5k": 5000, "10k": 10_000, "20k": 20_000}
-
-
-def _scale(name: str, seeds: int, **changes) -> Scale:
-    scale = ATTENTION_SCALES[name]
-    measures = {key: scale.measures[key] for key in ("likelihood", "continuation")}
-    return Scale(seeds, {**scale.options, **OPTIONS, **changes}, measures | WRITING[name])
 
 
 STUDY = Study(
@@ -41,8 +34,8 @@ STUDY = Study(
         ]
     },
     scales={
-        "smoke": _scale("smoke", 1),
-        "cpu": _scale("cpu", 1, steps=320, eval_every=320),
-        "gpu": _scale("gpu", 3),
+        "smoke": scale_of("smoke", **OPTIONS),
+        "cpu": scale_of("cpu", 1, **OPTIONS, steps=320, eval_every=320),
+        "gpu": scale_of("gpu", **OPTIONS),
     },
 )

@@ -379,16 +379,5 @@ def compound_parts(options: ModelArguments, data: DataArguments, args: TrainingA
     return Parts(tokenizer, model, CompoundBlockDataset(blocks, tokenizer), windows, collate, found)
 
 
-__all__ = [
-    "FIELDS",
-    "CompoundBlockDataset",
-    "CompoundMusicConfig",
-    "CompoundMusicForCausalLM",
-    "CompoundTokens",
-    "CompoundWindowDataset",
-    "collate",
-    "compound_parts",
-]
-
 if __name__ == "__main__":
     sys.exit(main(parts=compound_parts))

@@ -249,6 +249,3 @@ def continue_score_compound(
     """
     plan = plan_continuation(model, tokenizer, prompt, prompt_bars, bars, seed=seed, **options)
     return CompoundPlan(**{field.name: getattr(plan, field.name) for field in fields(BarsPlan) if field.init}).write()
-
-
-__all__ = ["CompoundPlan", "CompoundWriter", "continue_score_compound"]

@@ -265,17 +265,3 @@ def writing(
 
 
 SPEEDS = {"decoding": decoding, "writing": writing}
-
-
-__all__ = [
-    "MEASURES",
-    "SPEEDS",
-    "compared",
-    "continuation",
-    "decoding",
-    "likelihood",
-    "measured",
-    "sets",
-    "skipped_prompts",
-    "writing",
-]

@@ -12,10 +12,11 @@ WRITING = {
 }
 
 
-def _scale(name: str) -> Scale:
+def scale_of(name: str, seeds: int | None = None, **changes) -> Scale:
+    """A scale of the study of heads, with the speed of whole continuations in place of its own."""
     scale = ATTENTION_SCALES[name]
     measures = {key: scale.measures[key] for key in ("likelihood", "continuation")}
-    return Scale(scale.seeds, scale.options, measures | WRITING[name])
+    return Scale(seeds or scale.seeds, scale.options | changes, measures | WRITING[name])
 
 
 STUDY = Study(
@@ -42,5 +43,5 @@ STUDY = Study(
             "flat arms follow the grammar token by token. It says what a user gets here, not what pooling could give.",
         ]
     },
-    scales={name: _scale(name) for name in ATTENTION_SCALES},
+    scales={name: scale_of(name) for name in ATTENTION_SCALES},
 )

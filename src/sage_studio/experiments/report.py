@@ -9,7 +9,7 @@ all failures are counted.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ def summary(study: Study, result: dict) -> dict[str, dict]:
                 row[measure]["difference"] = interval((paired[measure] - other[measure]) / unit)
         scored = [r for r in runs[0].get("likelihood", {}).get("pieces", ()) if not r["failed"]]
         if scored:
-            row["tokens_per_note"] = _ratio(scored, "tokens", "notes")
+            row["tokens_per_note"] = sum(r["tokens"] for r in scored) / sum(r["notes"] for r in scored)
         row["failed"] = sum(map(_failures, runs))
         if "decoding" in result:
             own, full = (result["decoding"][arm] for arm in (name, base))
@@ -109,10 +109,6 @@ def _tables(result: dict, arm: str, beside: str) -> dict[str, np.ndarray]:
     return {name: np.array(values, dtype=np.float64) for name, values in rows.items()}
 
 
-def _ratio(records: Sequence[Mapping], top: str, bottom: str) -> float:
-    return sum(record[top] for record in records) / sum(record[bottom] for record in records)
-
-
 def _mean(values: np.ndarray) -> float | None:
     """None where there is no value, or one that is undefined."""
     return float(values.mean()) if values.size and np.isfinite(values).all() else None
@@ -144,7 +140,8 @@ def write_report(study: Study, result: dict, folder: Path) -> list[Path]:
     kept = {**result, "summary": found, "runs": [_without_pieces(run) for run in result["runs"]]}
     write_atomic(files[0], report(study, result, found, files[2].name).encode())
     write_atomic(files[1], (json.dumps(kept, indent=1) + "\n").encode())
-    write_atomic(files[2], _picture(study, result, found))
+    with_sets = "sets" in result["runs"][0]
+    write_atomic(files[2], draw_repetition(study, result) if with_sets else draw_differences(study, found))
     return files
 
 
@@ -284,11 +281,6 @@ def _claim_table(study: Study, found: dict[str, dict]) -> str:
     return markdown(["arm", "", "the paper", "here"], rows)
 
 
-def _picture(study: Study, result: dict, found: dict[str, dict]) -> bytes:
-    with_sets = "sets" in result["runs"][0]
-    return draw_repetition(study, result) if with_sets else draw_differences(study, found)
-
-
 def draw_differences(study: Study, found: dict[str, dict]) -> bytes:
     """Every arm's difference to its baseline, with its interval, in a panel a measure."""
     present = [name for name in ("nats_per_note", "nmsi") if any(name in row for row in found.values())]
@@ -330,14 +322,8 @@ def draw_repetition(study: Study, result: dict) -> bytes:
         curve = np.mean([np.mean(sets["repeated"], axis=0) for sets in of_arm], axis=0)
         right.plot((np.arange(64) + 0.5) / 64, _smoothed(curve), color=colour, label=arm)
     halves = result["runs"][0]["sets"]["halves"]
-    left.plot(
-        places,
-        np.array([halves[name]["oa"] for name in FEATURES], np.float64),
-        "_",
-        color="black",
-        markersize=14,
-        label="human halves",
-    )
+    of_halves = np.array([halves[name]["oa"] for name in FEATURES], np.float64)
+    left.plot(places, of_halves, "_", color="black", markersize=14, label="human halves")
     human = np.mean(result["runs"][0]["sets"]["repeated_human"], axis=0)
     right.plot((np.arange(64) + 0.5) / 64, _smoothed(human), color="black", linestyle="--", label="human")
     left.set_xticks(places, FEATURES, rotation=60, fontsize=8)
@@ -353,6 +339,3 @@ def draw_repetition(study: Study, result: dict) -> bytes:
 def _smoothed(curve: np.ndarray, width: int = 5) -> np.ndarray:
     padded = np.pad(curve, width // 2, mode="edge")
     return np.convolve(padded, np.full(width, 1 / width), mode="valid")
-
-
-__all__ = ["draw_differences", "draw_repetition", "interval", "report", "summary", "write_report"]

@@ -94,6 +94,3 @@ def _skipped(chosen: list[Run], records: dict[str, dict], data: Path, sizes: dic
     for run in chosen:
         found[run.corpus] |= records[str(run.folder)].get("sets", {}).get("skipped", {})
     return {corpus: skipped for corpus, skipped in found.items() if skipped}
-
-
-__all__ = ["run"]

@@ -122,6 +122,3 @@ def runs_of(study: Study, scale: str, folder: Path) -> list[Run]:
             key = hashlib.sha256(text.encode()).hexdigest()[:10]
             runs.append(Run(name, seed, arm.corpus, arm.trainer, options, folder / f"{arm.corpus}-{key}-seed{seed}"))
     return runs
-
-
-__all__ = ["CORPORA", "Arm", "Claim", "Run", "Scale", "Study", "StudyError", "runs_of"]

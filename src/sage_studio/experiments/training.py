@@ -151,6 +151,3 @@ def prepare(runs: list[Run], data: Path, cache: Path) -> None:
     for run in runs:
         if run.options.get("bpe"):
             learn_bpe(run, data, cache)
-
-
-__all__ = ["arguments", "corpus_files", "learn_bpe", "prepare", "train"]

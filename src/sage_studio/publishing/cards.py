@@ -11,11 +11,9 @@ from pathlib import Path
 from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from sage_studio.checkpoints.provenance import ProvenanceError, front_matter, read_mapping
+from sage_studio.checkpoints.provenance import ProvenanceError, front_matter, is_repo_id, read_mapping
 from sage_studio.families import family_of
 
 # License identifiers that the Hub knows (its documentation, "Licenses").
@@ -106,7 +104,7 @@ def _problems(data: ModelCardData, raw: dict):
     if data.pipeline_tag is not None and data.pipeline_tag not in TASKS:
         yield f"pipeline_tag: {data.pipeline_tag!r} is no task of the Hub's; text-generation is one."
     new_version = raw.get("new_version")
-    if new_version is not None and not _is_repo_id(new_version):
+    if new_version is not None and not is_repo_id(new_version):
         yield f"new_version: {new_version!r} is no name on the Hub (user/name)."
     for field in ("tags", "metrics"):
         value = raw.get(field)
@@ -114,7 +112,7 @@ def _problems(data: ModelCardData, raw: dict):
             yield f"{field}: {value!r} is no list of words."
     for field in ("datasets", "base_model"):
         for item in _listed(data.get(field)):
-            if not _is_repo_id(item):
+            if not is_repo_id(item):
                 yield f"{field}: {item!r} is no name on the Hub (user/name)."
     for item in _listed(data.language):
         if not isinstance(item, str) or not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", item):
@@ -151,14 +149,6 @@ def _widget_problems(widget):
 
 def _listed(value) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _is_repo_id(value) -> bool:
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return False
-    return True
 
 
 def named(text: str, repo_id: str) -> str:
@@ -311,14 +301,3 @@ def _results(report: dict | None) -> list[EvalResult] | None:
             metric_value=round(report["eval_nats_per_note"], 4),
         )
     ]
-
-
-__all__ = [
-    "PLACEHOLDER",
-    "CardError",
-    "check_card",
-    "make_card",
-    "named",
-    "read_report",
-    "without_samples",
-]

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizer
 from transformers.utils import logging
@@ -33,6 +32,7 @@ from sage_studio.checkpoints.provenance import (
     OutOfReachError,
     ancestors,
     file_of,
+    is_repo_id,
     keeps_license,
     licensed,
     look,
@@ -264,35 +264,25 @@ def _recorded(folder: Path) -> dict[str, str]:
     return read_mapping(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
-def _changed(folder: Path) -> dict[str, str]:
-    """The sums of an export's files that are not as they were written."""
-    known = _recorded(folder)
-    return {name: found for name, found in _sums(folder).items() if found != known.get(name)}
-
-
 def _write_record(folder: Path, older: Path, replace: bool) -> None:
     """Write the sums of a new export's files, unless by taking the place of an `older` one it would lose work."""
-    sums = _sums(folder)
-    changed = _changed(older) if older.exists() and not replace else {}
-    _check_kept(older, changed, sums)
-    # What came from somebody's hand still does after an export that kept it.
-    record = {name: found for name, found in sums.items() if name not in changed or not _recorded(older)}
-    (folder / RECORD).parent.mkdir(parents=True)
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_kept(older: Path, changed: dict[str, str], fresh: dict[str, str]) -> None:
-    """Refuse to lose what was `changed` in an export since it was written; `fresh` are the sums of its successor."""
-    lost = [name for name, found in changed.items() if found != fresh.get(name)]
+    sums, known, changed = _sums(folder), _recorded(older), {}
+    if older.exists() and not replace:
+        changed = {name: found for name, found in _sums(older).items() if found != known.get(name)}
+    lost = [name for name, found in changed.items() if found != sums.get(name)]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         how = "changed since it was exported"
-        if not _recorded(older):
+        if not known:
             how = "may be somebody's work, for no record of the export is left"
         raise ExportError(
             f"{older}: {', '.join(lost[:3])}{more}: {how}. Choose another folder; --replace overwrites it "
             "(--card keeps a card)."
         )
+    # What came from somebody's hand still does after an export that kept it.
+    record = {name: found for name, found in sums.items() if name not in changed or not known}
+    (folder / RECORD).parent.mkdir(parents=True)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -301,11 +291,7 @@ def check_repo_id(repo_id: str) -> None:
     Raises:
         ExportError: it is none.
     """
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ExportError(f"{repo_id!r} is no name on the Hub: write user/name.") from error
-    if repo_id.count("/") != 1:
+    if not is_repo_id(repo_id) or repo_id.count("/") != 1:
         raise ExportError(f"{repo_id!r} is no name on the Hub: write user/name.")
 
 
@@ -531,19 +517,3 @@ def _written_whole(output: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-__all__ = [
-    "TASK",
-    "ExportError",
-    "check_replaceable",
-    "check_repo_id",
-    "export",
-    "export_again",
-    "is_export",
-    "is_own",
-    "own_files",
-    "write_code",
-    "write_copy",
-    "write_samples",
-]

@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from sage_studio.defaults import BARS
 from sage_studio.families import SAGE_MUSIC, Family
@@ -42,90 +43,69 @@ RECIPE = {
 class ModelArguments:
     """What to train, and how much of it."""
 
-    model: str = field(
+    model: str = HfArg(
         default="sage-music",
-        metadata={
-            "help": (
-                "sage-music or perceivers (the bundled checkpoints), a checkpoint folder, a Hub name, or a .json file "
-                "with the fields of a new model's config, model_type among them"
-            )
-        },
+        help="sage-music or perceivers (the bundled checkpoints), a checkpoint folder, a Hub name, or a .json file "
+        "with the fields of a new model's config, model_type among them",
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "folder of a saved tokenizer (default: the checkpoint's, or a new one)"}
+    tokenizer: str | None = HfArg(
+        default=None, help="folder of a saved tokenizer (default: the checkpoint's, or a new one)"
     )
-    config: list[str] = field(
+    config: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "fields of the config to change, as in max_position_embeddings=4096; of a new model, any of them"
-        },
+        help="fields of the config to change, as in max_position_embeddings=4096; of a new model, any of them",
     )
-    draft_tokens: int | None = field(
-        default=None,
-        metadata={"help": "train only a draft head that guesses so many tokens (SAGE-Music; generate(use_mtp=True))"},
+    draft_tokens: int | None = HfArg(
+        default=None, help="train only a draft head that guesses so many tokens (SAGE-Music; generate(use_mtp=True))"
     )
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "train LoRA adapters of this rank and leave the weights (needs peft)"}
+    lora_rank: int | None = HfArg(
+        default=None, help="train LoRA adapters of this rank and leave the weights (needs peft)"
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "scale of the adapters (default: twice the rank)"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    lora_alpha: float | None = HfArg(default=None, help="scale of the adapters (default: twice the rank)")
+    lora_dropout: float = HfArg(default=0.0, help="dropout before the adapters")
 
 
 @dataclass
 class DataArguments:
     """What to train on."""
 
-    data: list[str] = field(
+    data: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "folders of MIDI files (train/, validation/ below are used), a folder of `prepare`, a Hub dataset"
-        },
+        help="folders of MIDI files (train/, validation/ below are used), a folder of `prepare`, a Hub dataset",
     )
-    metadata: str | None = field(
-        default=None, metadata={"help": "CSV: path, and licence, composition_key where there are any"}
+    metadata: str | None = HfArg(default=None, help="CSV: path, and licence, composition_key where there are any")
+    licences: list[str] | None = HfArg(default=None, help="keep only files of these licences, by --metadata")
+    held_out: float | None = HfArg(
+        default=None, help="share of the files for validation, where no folder says which (default: 0.1)"
     )
-    licences: list[str] | None = field(
-        default=None, metadata={"help": "keep only files of these licences, by --metadata"}
+    cache: str | None = HfArg(
+        default=None, help="folder that keeps the files' tokens (default: below HF_DATASETS_CACHE)"
     )
-    held_out: float | None = field(
-        default=None, metadata={"help": "share of the files for validation, where no folder says which (default: 0.1)"}
+    workers: int | None = HfArg(default=None, help="processes that read files (default: as many as CPUs)")
+    time_limit: float = HfArg(default=20.0, help="seconds a file may take; it is skipped then")
+    size_limit: int = HfArg(default=10_000_000, help="bytes a file may have; it is skipped otherwise")
+    streaming: bool = HfArg(
+        default=False, help="read the shards of `prepare` in a stream: memory stays the same however many"
     )
-    cache: str | None = field(
-        default=None, metadata={"help": "folder that keeps the files' tokens (default: below HF_DATASETS_CACHE)"}
-    )
-    workers: int | None = field(default=None, metadata={"help": "processes that read files (default: as many as CPUs)"})
-    time_limit: float = field(default=20.0, metadata={"help": "seconds a file may take; it is skipped then"})
-    size_limit: int = field(default=10_000_000, metadata={"help": "bytes a file may have; it is skipped otherwise"})
-    streaming: bool = field(
-        default=False, metadata={"help": "read the shards of `prepare` in a stream: memory stays the same however many"}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "pieces shuffled at a time when streaming"})
-    block_size: int | None = field(
-        default=None, metadata={"help": "SAGE-Music: tokens in a training block (default: 1024)"}
-    )
-    segmentation: str | None = field(
+    shuffle_buffer: int = HfArg(default=1000, help="pieces shuffled at a time when streaming")
+    block_size: int | None = HfArg(default=None, help="SAGE-Music: tokens in a training block (default: 1024)")
+    segmentation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "PerceiverS: which segments to train on (default: effective)",
-            "choices": ("effective", "baseline"),
-        },
+        help="PerceiverS: which segments to train on (default: effective)",
+        metadata={"choices": ("effective", "baseline")},
     )
-    position_uniform: bool | None = field(
-        default=None, metadata={"help": "PerceiverS: train every position of a piece equally often (default: yes)"}
+    position_uniform: bool | None = HfArg(
+        default=None, help="PerceiverS: train every position of a piece equally often (default: yes)"
     )
-    transpose: int = field(default=6, metadata={"help": "largest random transposition, in semitones"})
-    tempo: float = field(
-        default=0.0, metadata={"help": "largest random change of tempo: 0.1 is up to 10 %% faster or slower"}
+    transpose: int = HfArg(default=6, help="largest random transposition, in semitones")
+    tempo: float = HfArg(default=0.0, help="largest random change of tempo: 0.1 is up to 10 %% faster or slower")
+    velocity: int = HfArg(default=0, help="largest random shift of velocities")
+    track_dropout: float = HfArg(default=0.0, help="SAGE-Music: probability that an instrument is left out of a block")
+    eval_pieces: int | None = HfArg(
+        default=None, help="pieces to evaluate on, whole; 0: all (default: 60; PerceiverS: 12)"
     )
-    velocity: int = field(default=0, metadata={"help": "largest random shift of velocities"})
-    track_dropout: float = field(
-        default=0.0, metadata={"help": "SAGE-Music: probability that an instrument is left out of a block"}
-    )
-    eval_pieces: int | None = field(
-        default=None, metadata={"help": "pieces to evaluate on, whole; 0: all (default: 60; PerceiverS: 12)"}
-    )
-    eval_split: str = field(
-        default="validation", metadata={"help": "split to evaluate on", "choices": ("validation", "test")}
+    eval_split: str = HfArg(
+        default="validation", help="split to evaluate on", metadata={"choices": ("validation", "test")}
     )
 
 
@@ -133,16 +113,12 @@ class DataArguments:
 class WatchArguments:
     """What to look at on the way."""
 
-    sample_steps: int | None = field(
-        default=None, metadata={"help": "steps between samples, MIDI and picture (default: --eval_steps; 0: none)"}
+    sample_steps: int | None = HfArg(
+        default=None, help="steps between samples, MIDI and picture (default: --eval_steps; 0: none)"
     )
-    num_samples: int = field(default=2, metadata={"help": "samples at a time"})
-    sample_bars: int = field(
-        default=BARS // 2, metadata={"help": "bars of a sample (PerceiverS: as many times 2 seconds)"}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "end after so many evaluations that were no better"}
-    )
+    num_samples: int = HfArg(default=2, help="samples at a time")
+    sample_bars: int = HfArg(default=BARS // 2, help="bars of a sample (PerceiverS: as many times 2 seconds)")
+    early_stopping_patience: int | None = HfArg(default=None, help="end after so many evaluations that were no better")
 
 
 def build_parser(family: Family) -> HfArgumentParser:
@@ -225,13 +201,3 @@ def _implied(given: set[str], argv: list[str]) -> dict:
         for name, text in implied.items()
         if text is not None
     }
-
-
-__all__ = [
-    "RECIPE",
-    "DataArguments",
-    "ModelArguments",
-    "WatchArguments",
-    "build_parser",
-    "parse",
-]

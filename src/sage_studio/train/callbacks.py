@@ -11,7 +11,6 @@ from sage_studio.checkpoints.provenance import NOTICE, RECORD, ProvenanceError, 
 from sage_studio.errors import MissingExtraError
 from sage_studio.families import family_of
 from sage_studio.files import write_atomic
-from sage_studio.generation.result import Piece
 from sage_studio.music.midi import write_midi
 from sage_studio.music.render import render_piano_roll
 
@@ -70,12 +69,13 @@ class SampleCallback(TrainerCallback):
         """Write the samples of one step; returns what the log gets."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        was_training, masses, notes = model.training, [], 0
+        family, was_training, masses, notes = family_of(model), model.training, [], 0
+        length = self.bars if family.counts_bars else self.bars * SECONDS_PER_BAR
         model.eval()
         try:
             for number in range(self.num):
                 try:
-                    piece = self._piece(model, number)
+                    piece = family.load("begin")(model, self.tokenizer, length, seed=number).write()
                 except ValueError as error:
                     print(f"note: step {step}, sample {number + 1}: {error}", file=sys.stderr)
                     continue
@@ -91,11 +91,6 @@ class SampleCallback(TrainerCallback):
         if not masses:
             return {}
         return {"sample_valid_mass": round(sum(masses) / len(masses), 6), "sample_notes": notes / len(masses)}
-
-    def _piece(self, model: PreTrainedModel, seed: int) -> Piece:
-        family = family_of(model)
-        length = self.bars if family.counts_bars else self.bars * SECONDS_PER_BAR
-        return family.load("begin")(model, self.tokenizer, length, seed=seed).write()
 
 
 # ---- where the weights come from
@@ -150,6 +145,3 @@ class OriginCallback(TrainerCallback):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             tell_origin(self.folder, checkpoint)
-
-
-__all__ = ["OriginCallback", "SampleCallback", "keep_origin", "tell_origin", "valid_mass"]

@@ -134,6 +134,3 @@ def check_ranks(fingerprint: str) -> None:
             "the processes found different music (a file may have timed out on one machine): run `sage-music prepare` "
             "once and give all of them its folder."
         )
-
-
-__all__ = ["METRICS", "check_arguments", "check_output", "check_ranks"]

@@ -324,6 +324,3 @@ def _raise_disk_full(error: Exception, folder: Path) -> None:
     last, _ = last_complete(folder)
     kept = f"{last} is whole" if last else "no checkpoint was written"
     raise ValueError(f"{folder}: the disk is full; {kept}. Make room and call the same command again.") from error
-
-
-__all__ = ["main", "train"]

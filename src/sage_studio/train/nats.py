@@ -37,6 +37,3 @@ def sum_of_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits, labels = logits[:, :n].float(), labels[:, -n:]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
     return losses.sum(-1)
-
-
-__all__ = ["perceivers_windows", "sage_music_windows", "sum_of_nats"]

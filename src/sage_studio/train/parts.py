@@ -339,16 +339,3 @@ def _refuse(data: DataArguments, family: str, *names: str) -> None:
     for name in names:
         if getattr(data, name):
             raise ValueError(f"--{name} is an option of {family}; this is the other family.")
-
-
-__all__ = [
-    "EndlessStream",
-    "Parts",
-    "Pieces",
-    "WholeBatches",
-    "family_named",
-    "perceivers_parts",
-    "read_pieces",
-    "sage_music_parts",
-    "start",
-]

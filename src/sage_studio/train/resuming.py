@@ -113,6 +113,3 @@ def is_finished(state: dict, args: TrainingArguments, patience: int | None) -> b
     if args.max_steps > 0:
         return state["global_step"] >= args.max_steps
     return state["epoch"] >= args.num_train_epochs - 1e-6
-
-
-__all__ = ["check_run", "complete", "is_finished", "last_complete", "state_of", "step_of", "times_no_better"]

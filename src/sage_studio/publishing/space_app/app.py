@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import zipfile
+from functools import partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -293,6 +294,7 @@ def _alert(error: Exception) -> str:
 # ---- the page
 
 load_models()
+slider = partial(gr.Slider, buttons=[])
 
 with gr.Blocks(title="Continue a MIDI file", analytics_enabled=False) as demo:
     upload = gr.State(None, time_to_live=KEEP_SECONDS)  # name and bytes of the visitor's own file
@@ -310,52 +312,25 @@ with gr.Blocks(title="Continue a MIDI file", analytics_enabled=False) as demo:
             family = gr.Radio(list(MODELS), value=next(iter(MODELS)), label="Model", elem_id="family")
             in_bars = counts_bars(family.value)
             with gr.Group(visible=in_bars, elem_id="for-bars") as for_bars:
-                prompt_bars = gr.Slider(
-                    1, MAX_PROMPT_BARS, 4, step=1, label="Bars of prompt", elem_id="prompt-bars", buttons=[]
-                )
-                bars = gr.Slider(1, MAX_BARS, 8, step=1, label="New bars", elem_id="bars", buttons=[])
+                prompt_bars = slider(1, MAX_PROMPT_BARS, 4, step=1, label="Bars of prompt", elem_id="prompt-bars")
+                bars = slider(1, MAX_BARS, 8, step=1, label="New bars", elem_id="bars")
+                own = "Those of the prompt where none is chosen."
                 programs = gr.Dropdown(
-                    PROGRAMS,
-                    value=[],
-                    multiselect=True,
-                    label="Instruments",
-                    info="Those of the prompt where none is chosen.",
-                    elem_id="programs",
+                    PROGRAMS, value=[], multiselect=True, label="Instruments", info=own, elem_id="programs"
                 )
             with gr.Group(visible=not in_bars, elem_id="for-seconds") as for_seconds:
-                prompt_seconds = gr.Slider(
-                    1, MAX_PROMPT_SECONDS, 10, step=1, label="Seconds of prompt", elem_id="prompt-seconds", buttons=[]
+                prompt_seconds = slider(
+                    1, MAX_PROMPT_SECONDS, 10, step=1, label="Seconds of prompt", elem_id="prompt-seconds"
                 )
-                seconds = gr.Slider(1, MAX_SECONDS, 20, step=1, label="New seconds", elem_id="seconds", buttons=[])
+                seconds = slider(1, MAX_SECONDS, 20, step=1, label="New seconds", elem_id="seconds")
             with gr.Group():
-                temperature = gr.Slider(
-                    0,
-                    1.5,
-                    0.9,
-                    step=0.05,
-                    label="Temperature",
-                    info="0: the likeliest; higher: bolder.",
-                    elem_id="temperature",
-                    buttons=[],
-                )
-                top_p = gr.Slider(
-                    0.05,
-                    1,
-                    0.95,
-                    step=0.05,
-                    label="Top-p",
-                    info="Share of the probability to draw from.",
-                    elem_id="top-p",
-                    buttons=[],
-                )
+                bold = "0: the likeliest; higher: bolder."
+                temperature = slider(0, 1.5, 0.9, step=0.05, label="Temperature", info=bold, elem_id="temperature")
+                share = "Share of the probability to draw from."
+                top_p = slider(0.05, 1, 0.95, step=0.05, label="Top-p", info=share, elem_id="top-p")
                 # A number field cannot be empty.
-                seed = gr.Textbox(
-                    "",
-                    label="Seed",
-                    info="Same seed, same music; empty: a new one.",
-                    max_length=19,
-                    elem_id="seed",
-                )
+                same = "Same seed, same music; empty: a new one."
+                seed = gr.Textbox("", label="Seed", info=same, max_length=19, elem_id="seed")
         with gr.Column(scale=9, min_width=320, elem_id="stage"):
             with gr.Row(elem_id="buttons"):
                 start = gr.Button("Continue the music", variant="primary", elem_id="start")
