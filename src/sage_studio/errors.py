@@ -29,6 +29,3 @@ def install_hint(*packages: str) -> str:
     ranges = dict(re.match(r"([\w.-]+) *([^; ]*)", line).groups() for line in lines)
     wanted = (name + ",".join(sorted(ranges.get(name, "").split(","), reverse=True)) for name in packages)
     return f"pip install {' '.join(map(shlex.quote, wanted))}"
-
-
-__all__ = ["CheckpointError", "InvalidMidiError", "MissingExtraError", "install_hint"]

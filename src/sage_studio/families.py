@@ -261,6 +261,3 @@ def of_tokenizer(name: str | None) -> Family | None:
 def bundled(name: str) -> Family | None:
     """The family whose bundled checkpoint has the short name `name`; None where it is none's."""
     return next((family for family in FAMILIES.values() if family.checkpoint == name), None)
-
-
-__all__ = ["FAMILIES", "PERCEIVERS", "SAGE_MUSIC", "Family", "Option", "bundled", "family_of", "flag", "of_tokenizer"]

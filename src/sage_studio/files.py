@@ -118,6 +118,3 @@ class Journal:
                 except ValueError:
                     continue
                 yield record
-
-
-__all__ = ["MIDI_SUFFIXES", "SPLITS", "Journal", "changes", "midi_files", "seed_of", "write_atomic"]

@@ -70,6 +70,3 @@ def plain(axes) -> None:
     """Leave out the frame's upper and right side."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-__all__ = ["GREY", "PALETTE", "figure", "machine", "machine_line", "markdown", "plain", "plotting", "png"]

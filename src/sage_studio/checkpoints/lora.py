@@ -139,6 +139,3 @@ def merge_lora(adapted: "PeftModel") -> PreTrainedModel:
     while any(hasattr(module, "lora_A") for module in model.modules()):
         model = merge(adapted.base_model, safe_merge=True)
     return model
-
-
-__all__ = ["add_lora", "lora_targets", "merge_lora"]

@@ -42,6 +42,3 @@ def of_perceivers(model, tokenizer) -> dict:
         "cross_cache_bytes_per_token": len(config.cross_scales) * row,
         "latent_cache_bytes": config.num_latents * config.num_hidden_layers * row,
     }
-
-
-__all__ = ["of_perceivers", "of_sage_music"]

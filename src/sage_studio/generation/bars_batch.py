@@ -118,6 +118,3 @@ class _Forbid(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         return scores.masked_fill(self.mask, -torch.inf)
-
-
-__all__ = ["write_together"]

@@ -202,6 +202,3 @@ def unheard(score: Score, pedal_is_kept: bool) -> list[str]:
     return [
         f"{count} {name} events of the prompt have no token and are left out" for name, count in lost.items() if count
     ]
-
-
-__all__ = ["Piece", "Plan", "Progress", "check_together", "unheard"]

@@ -402,14 +402,3 @@ class PerformanceStreamer(Streamer):
                 onset_s=self._clock.seconds(onset),
                 duration_s=self._clock.seconds(steps),
             )
-
-
-__all__ = [
-    "Clock",
-    "PerformanceStreamer",
-    "SecondsPlan",
-    "continue_performance",
-    "generate_performance",
-    "plan_continuation",
-    "plan_performance",
-]

@@ -76,6 +76,3 @@ def _write_group(plans: list[SecondsPlan]) -> list[Piece]:
         remarks = plan.remarks + plan.early_end(ids, deadline)
         written.append(plan.piece(ids, None, elapsed_s, remarks))
     return written
-
-
-__all__ = ["write_together"]

@@ -415,6 +415,3 @@ def latency_report(onset_s: Sequence[float], elapsed_s: Sequence[float], speeds:
         "note_to_note_ms": {name: ms(np.percentile(gaps, q)) if len(gaps) else None for name, q in quantiles.items()},
         "deadlines": deadlines,
     }
-
-
-__all__ = ["NoteStream", "NoteStreamer", "StreamedNote", "Streamer", "decode_threads", "latency_report"]

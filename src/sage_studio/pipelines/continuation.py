@@ -276,6 +276,3 @@ def _is_one(inputs) -> bool:
     """Whether this is one input; what else can be iterated holds several."""
     # Score is no class, but knows its instances.
     return isinstance(inputs, str | os.PathLike | bytes | bytearray | memoryview) or isinstance(inputs, Score)
-
-
-__all__ = ["ContinuationPipeline"]

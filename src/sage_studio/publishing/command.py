@@ -118,13 +118,3 @@ def _written(folder: Path, args: argparse.Namespace) -> dict:
     if not args.json:
         print(f"wrote {folder} ({len(sizes)} files, {total / 1e6:.1f} MB)")
     return {"folder": str(folder), "files": list(sizes), "bytes": total}
-
-
-__all__ = [
-    "add_export_arguments",
-    "add_push_arguments",
-    "add_space_arguments",
-    "run_export",
-    "run_push",
-    "run_space",
-]

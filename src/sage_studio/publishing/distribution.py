@@ -34,6 +34,3 @@ def requirements(*extras: str, of: metadata.Distribution | None = None) -> list[
     chosen = [one for one in found if not one.marker or any(one.marker.evaluate({"extra": name}) for name in extras)]
     # In the order of a person: >= before <.
     return [one.name + ",".join(sorted(map(str, one.specifier), reverse=True)) for one in chosen]
-
-
-__all__ = ["NAME", "PACKAGES", "license_text", "requirements", "version"]

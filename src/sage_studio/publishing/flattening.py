@@ -154,6 +154,3 @@ def _check_provided(path: Path, node: ast.stmt, name: str, optional: set[ast.AST
             node.lineno,
             f"{package} is not what a repository can count on: import it in a `try` that catches ImportError.",
         )
-
-
-__all__ = ["FlatteningError", "flatten"]

@@ -176,6 +176,3 @@ def _errors_of(what: str, user: str | None) -> Iterator[None]:
 def _no_connection(what: str, error: Exception) -> PushError:
     again = "" if what == "login" else " Run the same command again: what has arrived is not sent again."
     return PushError(f"{what}: the connection to {constants.ENDPOINT} failed ({type(error).__name__}).{again}")
-
-
-__all__ = ["PushError", "push", "write_repository"]

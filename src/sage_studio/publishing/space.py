@@ -161,6 +161,3 @@ def _is_packed(file: metadata.PackagePath) -> bool:
     if file.parts[0].endswith(".dist-info"):
         return file.name in DIST_INFO or "licenses" in file.parts
     return file.parts[0] != ".." and file.suffix != ".pyc"
-
-
-__all__ = ["SPACE", "SpaceError", "build_wheel", "export"]
