@@ -143,7 +143,7 @@ def _set(result: dict) -> tuple[list[str], str]:
         + [_with_interval(row["figures"].get(name), _digits(name)) for name in names]
         for row in result["rows"]
     ]
-    heads = ["set", "pieces used", *(name.replace("_", " ") for name in names)]
+    heads = ["set", "pieces used", *map(_head, names)]
     beyond = [
         f"{pair['a']}: {pair['figure'].replace('_', ' ')} {_with_interval(pair, _digits(pair['figure']))}"
         for pair in result["differences"]
@@ -177,6 +177,11 @@ def _likelihood(result: dict) -> tuple[list[str], str]:
     return tables, LIKELIHOOD_NOTE
 
 
+def _head(name: str) -> str:
+    """A figure's key as a heading."""
+    return {"nmsi": "NMSI", "music_s": "seconds"}.get(name, name.replace("_", " "))
+
+
 def draw_scores(records: Mapping[str, Sequence[dict]], names: Sequence[str]) -> bytes:
     """A box of every row's pieces for every number in `names`, each piece a dot."""
     picture = figure(max(3.0 * len(names), 5), 1.2 + 0.5 * len(records))
@@ -190,7 +195,7 @@ def draw_scores(records: Mapping[str, Sequence[dict]], names: Sequence[str]) -> 
             axes.plot(of_label, place + jitter, ".", color=colour, markersize=3, alpha=0.6)
         axes.set_yticks(range(1, len(labels) + 1), labels if column == 0 else [""] * len(labels), parse_math=False)
         axes.invert_yaxis()
-        axes.set_title({"nmsi": "NMSI"}.get(name, name.replace("_", " ")), loc="left", fontsize=10)
+        axes.set_title(_head(name), loc="left", fontsize=10)
         plain(axes)
     return png(picture)
 
