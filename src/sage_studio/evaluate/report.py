@@ -145,7 +145,7 @@ def _set(result: dict) -> tuple[list[str], str]:
     ]
     heads = ["set", "pieces used", *map(_head, names)]
     beyond = [
-        f"{pair['a']}: {pair['figure'].replace('_', ' ')} {_with_interval(pair, _digits(pair['figure']))}"
+        f"{pair['a']}: {_head(pair['figure'])} {_with_interval(pair, _digits(pair['figure']))}"
         for pair in result["differences"]
         if not pair["low"] <= 0 <= pair["high"]
     ]
