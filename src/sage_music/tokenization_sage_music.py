@@ -417,6 +417,8 @@ def midi_damage(data: bytes) -> str:
 
     Some readers return what they got of a broken file, and some crash: a note number above 127 has no place in memory.
     """
+    if not data:
+        return "the file is empty"
     if not data.startswith(b"MThd"):
         return "not a MIDI file (it does not begin with 'MThd')"
     if data[12:13] >= b"\x80":

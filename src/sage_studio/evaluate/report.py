@@ -55,7 +55,7 @@ def markdown_report(result: dict) -> str:
     """The result of an evaluation as Markdown."""
     tables, note = {"continuation": _continuation, "set": _set, "likelihood": _likelihood}[result["task"]](result)
     given = {name: value for name, value in result["settings"].items() if value is not None}
-    settings = ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in given.items())
+    settings = ", ".join(f"{_head(name)} {_said(value)}" for name, value in given.items())
     parts = [*tables, note, f"Settings: {settings}. Intervals: 95 %."]
     remarks = list(result["remarks"])
     reasons: dict[str, int] = {}
@@ -179,7 +179,7 @@ def _likelihood(result: dict) -> tuple[list[str], str]:
 
 def _head(name: str) -> str:
     """A figure's key as a heading."""
-    return {"nmsi": "NMSI", "music_s": "seconds"}.get(name, name.replace("_", " "))
+    return {"nmsi": "NMSI", "music_s": "seconds", "cut_s": "cut seconds"}.get(name, name.replace("_", " "))
 
 
 def draw_scores(records: Mapping[str, Sequence[dict]], names: Sequence[str]) -> bytes:

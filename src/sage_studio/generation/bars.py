@@ -144,7 +144,8 @@ def plan_piece(
         ids += tokenizer.convert_tokens_to_ids(["Bar_None", meter, "Position_0", f"Tempo_{nearest}"])
         allowed["Tempo"] = set()
     tempos = None if tempo is None else [Tempo(0, tempo)]
-    return BarsPlan(model=model, tokenizer=tokenizer, ids=ids, bars=bars, allowed=allowed, tempos=tempos, **options)
+    own = {"prompt_bars": 0, "prompt_notes": 0, "remarks": [], "allowed": allowed, "tempos": tempos}
+    return BarsPlan(model=model, tokenizer=tokenizer, ids=ids, bars=bars, **own, **options)
 
 
 @dataclass(kw_only=True)

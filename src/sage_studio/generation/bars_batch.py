@@ -23,7 +23,7 @@ from sage_music.generation_sage_music import (
 
 from .bars import BarsPlan, LeaveProgram, Row
 from .result import Piece, check_together
-from .sampling import TURN, Cancelled, Deadline, pad_left, row_generators, row_sampler, samples_by_row, without_padding
+from .sampling import Cancelled, Deadline, pad_left, row_generators, row_sampler, samples_by_row, turn, without_padding
 
 
 def write_together(plans: Sequence[BarsPlan]) -> list[Piece]:
@@ -45,14 +45,20 @@ def write_together(plans: Sequence[BarsPlan]) -> list[Piece]:
     if not plans:
         return []
     first = plans[0]
-    check_together(plans)
+    check_together(plans, BarsPlan)
+    gone = [plan.cancelled for plan in plans]
+    if any(gone):
+        rest = iter(write_together([plan for plan, is_gone in zip(plans, gone, strict=True) if not is_gone]))
+        return [plan.write() if is_gone else next(rest) for plan, is_gone in zip(plans, gone, strict=True)]
     model = first.model
     alone = any(plan.generate_options or plan.progress is not None for plan in plans)
     if alone or not samples_by_row(model.generation_config):
         return [plan.write() for plan in plans]
     generators = row_generators([plan.seed for plan in plans], model.device)
     rows = [Row(plan, list(plan.remarks)) for plan in plans]
-    with TURN:
+    with turn(lambda: all(plan.cancelled for plan in plans)) as mine:
+        if not mine:
+            return [plan.write() for plan in plans]
         begin = time.perf_counter()
         deadline = None if first.time_limit is None else Deadline(first.time_limit)
         while any(row.goes_on for row in rows):
@@ -80,7 +86,7 @@ def _write_windows(rows: list[Row], generators: list[torch.Generator], deadline:
     output = model.generate(
         **inputs,
         max_new_tokens=max(room),
-        max_time=math.inf,  # as in `Plan.write`
+        max_time=math.inf,  # as where one is written alone
         do_sample=False,
         stopping_criteria=StoppingCriteriaList(stops if deadline is None else [*stops, deadline]),
         logits_processor=LogitsProcessorList(

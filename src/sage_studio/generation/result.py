@@ -12,8 +12,7 @@ piece = stream.piece
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +20,7 @@ from symusic import Score
 from transformers import PreTrainedModel, PreTrainedTokenizer, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .sampling import TURN, Cancelled, Deadline, sampling_options, seeded
+from .sampling import Cancelled, Deadline, sampling_options, seeded, turn
 from .stream import NoteStream, Streamer
 
 
@@ -102,13 +101,13 @@ class Plan:
         if streamer is not None:
             streamer.put(torch.tensor([self.ids]))
         remarks = list(self.remarks)
-        with self._turn(streamer) as mine:
+        with turn(lambda: self.is_cancelled(streamer)) as mine:
             begin = time.perf_counter()
             if mine:
                 with seeded(self.seed):
                     ids, bars = self._generate(streamer, remarks)
             else:
-                ids, bars = self.ids, 0
+                ids, bars = list(self.ids), 0
                 remarks.append("cancelled before it began")
             return self.piece(ids, bars, time.perf_counter() - begin, remarks)
 
@@ -148,17 +147,6 @@ class Plan:
         cancelled = Cancelled([lambda: self.is_cancelled(streamer)])
         return [cancelled] if deadline is None else [cancelled, deadline]
 
-    @contextmanager
-    def _turn(self, streamer: Streamer | None) -> Iterator[bool]:
-        """Wait for all other generations to end; False when this one was cancelled before that."""
-        while not (mine := TURN.acquire(timeout=0.1)) and not self.is_cancelled(streamer):
-            pass
-        try:
-            yield mine and not self.is_cancelled(streamer)
-        finally:
-            if mine:
-                TURN.release()
-
 
 class Progress(BaseStreamer):
     """Calls `advance(token)` for each new token as it comes, and hands it on; a token is final when it arrives."""
@@ -179,12 +167,14 @@ class Progress(BaseStreamer):
         pass
 
 
-def check_together(plans: list[Plan], *names: str) -> None:
-    """Plans that are written together agree in what `generate()` takes once.
+def check_together(plans: Sequence[Plan], kind: type[Plan], *names: str) -> None:
+    """Plans that are written together are of one kind, and agree in what `generate()` takes once.
 
     Raises:
-        ValueError: they differ in the model or in one of `names`.
+        ValueError: they differ in the model or in one of `names`, or are plans of the other family.
     """
+    if not all(isinstance(plan, kind) for plan in plans):
+        raise ValueError(f"pieces that are written together here are planned by a {kind.__name__}.")
     for name in ("model", "temperature", "top_p", "time_limit", *names):
         if any(getattr(plan, name) != getattr(plans[0], name) for plan in plans):
             raise ValueError(f"pieces that are written together share one {name}.")

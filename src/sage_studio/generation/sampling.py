@@ -58,6 +58,18 @@ def check_generate_options(options: dict | None) -> None:
 
 
 @contextmanager
+def turn(is_cancelled: Callable[[], bool]) -> Iterator[bool]:
+    """Wait for all other generations to end; False when this one was cancelled before that."""
+    while not (mine := TURN.acquire(timeout=0.1)) and not is_cancelled():
+        pass
+    try:
+        yield mine and not is_cancelled()
+    finally:
+        if mine:
+            TURN.release()
+
+
+@contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """The same seed gives the same music; the caller's random state comes back unchanged."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # manual_seed seeds them too

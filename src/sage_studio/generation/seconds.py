@@ -128,7 +128,8 @@ def plan_performance(
             positions, more tokens than it has positions.
     """
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return SecondsPlan(model=model, tokenizer=tokenizer, ids=ids, music_s=music_s, max_tokens=max_tokens, **options)
+    own = {"start": 0, "remarks": [], "music_s": music_s, "max_tokens": max_tokens}
+    return SecondsPlan(model=model, tokenizer=tokenizer, ids=ids, **own, **options)
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .result import Piece, check_together
-from .sampling import TURN, Cancelled, Deadline, row_generators, row_sampler, samples_by_row, without_padding
+from .sampling import Cancelled, Deadline, row_generators, row_sampler, samples_by_row, turn, without_padding
 from .seconds import SecondsPlan
 
 
@@ -37,7 +37,11 @@ def write_together(plans: Sequence[SecondsPlan]) -> list[Piece]:
     Raises:
         ValueError: the plans differ in model or in an option other than the seed.
     """
-    check_together(plans, "music_s", "max_tokens", "max_note_s")
+    check_together(plans, SecondsPlan, "music_s", "max_tokens", "max_note_s")
+    gone = [plan.cancelled for plan in plans]
+    if any(gone):
+        rest = iter(write_together([plan for plan, is_gone in zip(plans, gone, strict=True) if not is_gone]))
+        return [plan.write() if is_gone else next(rest) for plan, is_gone in zip(plans, gone, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for index, plan in enumerate(plans):
         groups.setdefault((len(plan.ids), plan.start, plan.wait, plan.budget), []).append(index)
@@ -56,14 +60,16 @@ def _write_group(plans: list[SecondsPlan]) -> list[Piece]:
     generators = row_generators([plan.seed for plan in plans], model.device)
     sampler = row_sampler(model.generation_config, first.sampling, generators, [first.budget] * len(plans))
     stops = [Cancelled([plan.is_cancelled for plan in plans])]
-    with TURN:
+    with turn(lambda: all(plan.cancelled for plan in plans)) as mine:
+        if not mine:
+            return [plan.write() for plan in plans]
         begin = time.perf_counter()
         deadline = None if first.time_limit is None else Deadline(first.time_limit)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=first.budget,
-            max_time=math.inf,  # as in `Plan.write`
+            max_time=math.inf,  # as where one is written alone
             do_sample=False,
             logits_processor=LogitsProcessorList([*first.processors(), *sampler]),
             stopping_criteria=StoppingCriteriaList(stops if deadline is None else [*stops, deadline]),

@@ -30,6 +30,8 @@ def midi_damage(data: bytes) -> str:
 
     Some readers return what they got of a broken file, and some crash: a note number above 127 has no place in memory.
     """
+    if not data:
+        return "the file is empty"
     if not data.startswith(b"MThd"):
         return "not a MIDI file (it does not begin with 'MThd')"
     if data[12:13] >= b"\x80":
@@ -99,8 +101,6 @@ def read_score(source: str | os.PathLike | bytes) -> Score:
                 data = file.read()
         except (OSError, ValueError) as error:  # ValueError: no name that the system could have
             raise InvalidMidiError(name, f"cannot be opened ({getattr(error, 'strerror', error)}).") from error
-    if not data:
-        raise InvalidMidiError(name, "the file is empty.")
     if damage := midi_damage(data):
         raise InvalidMidiError(name, f"{damage}.")
     try:

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from symusic import ControlChange, Note, Score, Tempo, Track
 
 from sage_studio.checkpoints import load
 from sage_studio.errors import InvalidMidiError
-from sage_studio.generation.bars import Row, continue_score, generate_piece, plan_continuation
+from sage_studio.generation.bars import Row, continue_score, generate_piece, plan_continuation, plan_piece
 from sage_studio.generation.bars_batch import write_together
 from sage_studio.music.midi import bar_ticks, heard_warnings
 
@@ -115,9 +116,28 @@ def test_a_plan_can_be_cancelled_alone_and_in_a_batch(loaded):
     whole = plans[1].write()
     plans[0].cancel()
     ended, other = write_together(plans)
-    assert ended.bars < 2 and "cancelled in bar" in ended.remarks[-1]
+    assert (ended.bars, ended.ids) == (0, plans[0].ids) and ended.remarks[-1] == "cancelled before it began"
     assert other.ids == whole.ids and other.remarks == []
     assert plans[0].write().remarks[-1] == "cancelled before it began"
+
+
+def test_a_batch_that_is_cancelled_does_not_wait_for_its_turn(loaded):
+    plans = [plan_continuation(*loaded, band(bars=2, seed=1), prompt_bars=2, bars=2, seed=seed) for seed in (0, 1)]
+    with plan_piece(*loaded, bars=500, seed=0).stream() as busy:
+        notes = iter(busy)  # kept: dropped, it would cancel the stream
+        next(notes)
+        with ThreadPoolExecutor(1) as thread:
+            batch = thread.submit(write_together, plans)
+            for plan in plans:
+                plan.cancel()
+            pieces = batch.result(timeout=20)
+    assert [piece.bars for piece in pieces] == [0, 0] and "before it began" in pieces[1].remarks[-1]
+
+
+def test_a_piece_from_nothing_has_no_prompt(loaded):
+    for option in ({"prompt_bars": 4}, {"prompt_notes": 4}, {"remarks": ["x"]}):
+        with pytest.raises(TypeError, match=next(iter(option))):
+            generate_piece(*loaded, bars=1, **option)
 
 
 def test_a_bar_that_outgrows_the_context_ends_the_piece(loaded):
