@@ -22,7 +22,7 @@ from sage_music.generation_sage_music import (
 )
 
 from .bars import BarsPlan, LeaveProgram, Row
-from .result import Piece, check_together
+from .result import Piece, apart_from_cancelled, check_together
 from .sampling import Cancelled, Deadline, pad_left, row_generators, row_sampler, samples_by_row, turn, without_padding
 
 
@@ -40,16 +40,15 @@ def write_together(plans: Sequence[BarsPlan]) -> list[Piece]:
         pieces in the order of the plans; `elapsed_s` of each is the time that the whole batch took.
 
     Raises:
-        ValueError: the plans differ in model, temperature, top_p or time_limit; or as `Plan.write`.
+        ValueError: plans of the other family, or that differ in model, temperature, top_p or time_limit; or as
+            `Plan.write`.
     """
     if not plans:
         return []
     first = plans[0]
     check_together(plans, BarsPlan)
-    gone = [plan.cancelled for plan in plans]
-    if any(gone):
-        rest = iter(write_together([plan for plan, is_gone in zip(plans, gone, strict=True) if not is_gone]))
-        return [plan.write() if is_gone else next(rest) for plan, is_gone in zip(plans, gone, strict=True)]
+    if any(plan.cancelled for plan in plans):
+        return apart_from_cancelled(plans, write_together)
     model = first.model
     alone = any(plan.generate_options or plan.progress is not None for plan in plans)
     if alone or not samples_by_row(model.generation_config):

@@ -180,6 +180,13 @@ def check_together(plans: Sequence[Plan], kind: type[Plan], *names: str) -> None
             raise ValueError(f"pieces that are written together share one {name}.")
 
 
+def apart_from_cancelled(plans: Sequence[Plan], write: Callable[[Sequence[Plan]], list[Piece]]) -> list[Piece]:
+    """The pieces of plans, those that were cancelled already apart from the batch that `write` writes."""
+    cancelled = [plan.cancelled for plan in plans]  # asked once: another may be cancelled meanwhile
+    batch = iter(write([plan for plan, is_cancelled in zip(plans, cancelled, strict=True) if not is_cancelled]))
+    return [plan.write() if is_cancelled else next(batch) for plan, is_cancelled in zip(plans, cancelled, strict=True)]
+
+
 def unheard(score: Score, pedal_is_kept: bool) -> list[str]:
     """What a score holds that tokens do not; the sustain pedal is kept where it is folded into durations."""
     pedal = 64

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .result import Piece, check_together
+from .result import Piece, apart_from_cancelled, check_together
 from .sampling import Cancelled, Deadline, row_generators, row_sampler, samples_by_row, turn, without_padding
 from .seconds import SecondsPlan
 
@@ -35,13 +35,11 @@ def write_together(plans: Sequence[SecondsPlan]) -> list[Piece]:
         `time_limit` is one for each such group of rows.
 
     Raises:
-        ValueError: the plans differ in model or in an option other than the seed.
+        ValueError: plans of the other family, or that differ in model or in an option other than the seed.
     """
     check_together(plans, SecondsPlan, "music_s", "max_tokens", "max_note_s")
-    gone = [plan.cancelled for plan in plans]
-    if any(gone):
-        rest = iter(write_together([plan for plan, is_gone in zip(plans, gone, strict=True) if not is_gone]))
-        return [plan.write() if is_gone else next(rest) for plan, is_gone in zip(plans, gone, strict=True)]
+    if any(plan.cancelled for plan in plans):
+        return apart_from_cancelled(plans, write_together)
     groups: dict[tuple, list[int]] = {}
     for index, plan in enumerate(plans):
         groups.setdefault((len(plan.ids), plan.start, plan.wait, plan.budget), []).append(index)

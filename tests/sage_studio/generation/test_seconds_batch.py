@@ -7,6 +7,7 @@ from conftest import tiny_perceivers
 from test_seconds import SHAPE, piano
 
 from perceivers import PerceiverSTokenizer
+from sage_studio.generation.bars_batch import write_together as write_bars_together
 from sage_studio.generation.seconds import continue_performance, plan_continuation
 from sage_studio.generation.seconds_batch import write_together
 
@@ -72,3 +73,18 @@ def test_rows_of_a_batch_share_their_options(loaded):
     plans = [plan_continuation(*loaded, piano(), music_s=seconds) for seconds in (1, 2)]
     with pytest.raises(ValueError, match="share one music_s"):
         write_together(plans)
+
+
+def test_a_cancelled_performance_is_apart_from_its_batch(loaded):
+    plans = [plan_continuation(*loaded, piano(seed=1), prompt_s=2, music_s=1, seed=seed) for seed in (1, 2)]
+    whole = plans[1].write()
+    plans[0].cancel()
+    ended, other = write_together(plans)
+    assert (ended.music_s, ended.notes) == (0, 0) and ended.remarks[-1] == "cancelled before it began"
+    assert other.ids == whole.ids and other.remarks == whole.remarks
+
+
+def test_plans_of_the_other_family_are_refused(loaded):
+    plans = [plan_continuation(*loaded, piano(seed=1), prompt_s=2, music_s=1)] * 2
+    with pytest.raises(ValueError, match="planned by a BarsPlan"):
+        write_bars_together(plans)
